@@ -1,0 +1,287 @@
+"""The command line: parse, call the pipeline, render, return the exit code.
+
+Nothing heavy is imported before a command needs it, so that ``--help`` is instant.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rnnprune_cli import __version__
+from rnnprune_cli.errors import ExitCode, RnnpruneError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+app = typer.Typer(
+    name="rnnprune",
+    help="Compress saved recurrent models: ONNX or TensorFlow in, smaller model and report out.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+class Format(str, Enum):
+    """What stdout carries."""
+
+    table = "table"
+    json = "json"
+
+
+Model = Annotated[
+    Path, typer.Argument(help="An .onnx file, a SavedModel directory, or a .keras or .h5 file.")
+]
+OutputFormat = Annotated[Format, typer.Option("--format", help="What stdout carries.")]
+Signature = Annotated[
+    str | None, typer.Option(help="Signature of a SavedModel, if it has several.")
+]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", help="Show each step, and a traceback on errors.")
+]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+) -> None:
+    if version:
+        print(f"rnnprune {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def prune(
+    model: Model,
+    sparsity: Annotated[
+        float, typer.Option("--sparsity", "-s", help="Share of the weights to remove, 0 ≤ s < 1.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Where the result goes [default: MODEL with .pruned in its name]; .onnx from a "
+            "SavedModel converts it.",
+            show_default=False,
+        ),
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="What makes a weight worth keeping; see 'rnnprune methods'.")
+    ] = "magnitude",
+    granularity: Annotated[str, typer.Option(help="What is removed together.")] = "weight",
+    scope: Annotated[
+        str, typer.Option(help="Within what the scores compete: row, layer or global.")
+    ] = "row",
+    layers: Annotated[
+        list[str] | None,
+        typer.Option("--layers", help="Only layers that match this glob; repeatable."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option("--exclude", help="No layers that match this glob; repeatable."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help=".npz with an array for each model input, and 'labels' for a metric."),
+    ] = None,
+    metric: Annotated[
+        str, typer.Option(help="auto, accuracy, mse, mae, perplexity or bits-per-char.")
+    ] = "auto",
+    export: Annotated[
+        str, typer.Option(help="How weights are stored: auto, dense, sparse or packed.")
+    ] = "auto",
+    values: Annotated[
+        str, typer.Option(help="Precision of packed values: float32, float16 or int8.")
+    ] = "float32",
+    signature: Signature = None,
+    report: Annotated[
+        list[Path] | None, typer.Option("--report", help="Also write the report here (.json).")
+    ] = None,
+    output_format: OutputFormat = Format.table,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
+    threads: Annotated[int, typer.Option(help="Threads to run the models with.")] = 1,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Compress one model and report it before and after.
+
+    Example: rnnprune prune model.onnx --method magnitude --sparsity 0.7
+    """
+    arguments = {k: v for k, v in locals().items() if v is not None}
+
+    def work() -> tuple[dict[str, Any], RenderableType | None]:
+        from rnnprune_cli import pipeline
+        from rnnprune_cli.console import progress
+        from rnnprune_cli.model import ExportOptions, Stage
+        from rnnprune_cli.report.json import render, report_document
+        from rnnprune_cli.save import check_writable, write_text
+
+        for path in report or []:
+            if path.suffix != ".json":
+                raise UsageError(f"a report cannot be written as '{path}'", "it must end in .json")
+            check_writable(path, force)
+        options = pipeline.PruneOptions(
+            model=model,
+            output=output,
+            stage=Stage(
+                method, granularity, scope, sparsity, tuple(layers or ()), tuple(exclude or ())
+            ),
+            seed=seed,
+            data=data,
+            metric=metric,
+            export=ExportOptions(export, values),
+            signature=signature,
+            threads=threads,
+            force=force,
+        )
+        with progress(quiet, verbose) as show:
+            result = pipeline.prune(options, arguments, show)
+        document = report_document(result)
+        for path in report or []:
+            write_text(path, render(document) + "\n")
+        if output_format is Format.json:
+            return document, None
+        from rnnprune_cli.report.table import report_table
+
+        return document, report_table(result)
+
+    _finish(work, arguments, output_format, verbose)
+
+
+@app.command()
+def inspect(
+    model: Model,
+    signature: Signature = None,
+    output_format: OutputFormat = Format.table,
+    verbose: Verbose = False,
+) -> None:
+    """Show what is recurrent in a model, what can be pruned, and what blocks the rest."""
+    arguments = {k: v for k, v in locals().items() if v is not None}
+
+    def work() -> tuple[dict[str, Any], RenderableType | None]:
+        from rnnprune_cli.load import load
+        from rnnprune_cli.pipeline import require_layers
+        from rnnprune_cli.report.json import inspect_document
+
+        loaded = load(model, signature)
+        if not loaded.layers and not loaded.skipped:
+            require_layers(loaded)
+        document = inspect_document(loaded, arguments)
+        if output_format is Format.json:
+            return document, None
+        from rnnprune_cli.report.table import inspect_table
+
+        return document, inspect_table(loaded)
+
+    _finish(work, arguments, output_format, verbose)
+
+
+@app.command()
+def methods(output_format: OutputFormat = Format.table) -> None:
+    """List every method, scope and export form, with its paper."""
+
+    def work() -> tuple[dict[str, Any], RenderableType | None]:
+        from rnnprune_cli import methods as registry
+        from rnnprune_cli.pipeline import EXPORTS
+        from rnnprune_cli.report.json import methods_document
+        from rnnprune_cli.select import SCOPES
+
+        known = registry.methods().values()
+        document = methods_document(known, SCOPES, EXPORTS)
+        if output_format is Format.json:
+            return document, None
+        from rnnprune_cli.report.table import methods_table
+
+        return document, methods_table(known, SCOPES.items(), EXPORTS.items())
+
+    _finish(work, {}, output_format, verbose=False)
+
+
+def _finish(
+    work: Callable[[], tuple[dict[str, Any], RenderableType | None]],
+    arguments: dict[str, Any],
+    output_format: Format,
+    verbose: bool,
+) -> None:
+    """Runs a command's work, prints its result, and turns errors into exit codes."""
+    try:
+        document, drawing = work()
+    except RnnpruneError as error:
+        if verbose:
+            raise
+        from rnnprune_cli.console import show_error
+
+        show_error(error)
+        if output_format is Format.json:
+            from rnnprune_cli.report.json import error_document, render
+
+            print(render(error_document(error, arguments)))
+        raise typer.Exit(int(error.code)) from error
+    if drawing is None:
+        from rnnprune_cli.report.json import render
+
+        print(render(document))
+    else:
+        from rich.console import Console
+
+        Console(width=None if sys.stdout.isatty() else 160, soft_wrap=False).print(drawing)
+
+
+def main() -> None:
+    """Entry point: runs the command line and maps every ending to an exit code."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    verbose = "--verbose" in sys.argv
+    try:
+        code = app(standalone_mode=False)
+        sys.exit(code or 0)
+    except typer.Abort:
+        sys.exit(int(ExitCode.INTERRUPTED))
+    except KeyboardInterrupt:
+        print("rnnprune: interrupted; nothing was written", file=sys.stderr)
+        sys.exit(int(ExitCode.INTERRUPTED))
+    except Exception as error:
+        sys.exit(_last_resort(error, verbose))
+
+
+def _last_resort(error: Exception, verbose: bool) -> int:
+    usage = getattr(error, "format_message", None)  # typer's and click's own errors
+    if usage is not None:
+        print(f"rnnprune: {' '.join(usage().split())}", file=sys.stderr)
+        print("          'rnnprune --help' lists commands and options", file=sys.stderr)
+        return int(ExitCode.USAGE)
+    if verbose:
+        import traceback
+
+        traceback.print_exception(error)
+    if isinstance(error, RnnpruneError):
+        from rnnprune_cli.console import show_error
+
+        show_error(error)
+        return int(error.code)
+    if isinstance(error, MemoryError):
+        print("rnnprune: out of memory", file=sys.stderr)
+        return int(ExitCode.UNSUPPORTED)
+    print(
+        f"rnnprune: defect: {type(error).__name__}: {' '.join(str(error).split())[:300]}",
+        file=sys.stderr,
+    )
+    print("          run again with --verbose and report what it prints", file=sys.stderr)
+    return int(ExitCode.DEFECT)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""What is drawn on the terminal besides reports: progress and errors, all on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+from rnnprune_cli.errors import RnnpruneError
+
+
+@contextlib.contextmanager
+def progress(quiet: bool, verbose: bool) -> Iterator[Callable[[str], None]]:
+    """Yields a function that shows what is being done now.
+
+    On a terminal the current step is a spinner; with ``--verbose`` every step is a line with the
+    seconds since the start. Otherwise nothing is shown.
+    """
+    begin = time.perf_counter()
+    if verbose:
+        yield lambda step: print(f"[{time.perf_counter() - begin:6.2f} s] {step}", file=sys.stderr)
+    elif quiet or not sys.stderr.isatty():
+        yield lambda step: None
+    else:
+        from rich.console import Console
+
+        with Console(stderr=True).status("starting") as status:
+            yield lambda step: status.update(step)
+
+
+def show_error(error: RnnpruneError) -> None:
+    """Prints an error: what is wrong on one line, what to do on the next."""
+    print(f"rnnprune: {_one_line(error.message)}", file=sys.stderr)
+    if error.hint:
+        print(f"          {_one_line(error.hint)}", file=sys.stderr)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

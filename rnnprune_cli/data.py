@@ -1,0 +1,284 @@
+"""Inputs for a model: from a data set, or made up from its input specifications."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from rnnprune_cli.errors import RnnpruneError, UsageError, closest
+from rnnprune_cli.model import Array, Feed, Runner, TensorSpec
+
+MAX_DATA_BYTES = 8 << 30
+"""A data set larger than this, unpacked, is refused: a small zip can claim any size."""
+_RESERVED = ("labels", "lengths")
+_TARGET = "target:"
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Samples for a model.
+
+    Attributes:
+        inputs: An array for each model input. Arrays in ``per_sample`` hold the samples on their
+            first axis; others are given whole with every call (an initial state, a mode).
+        per_sample: Names of the inputs that differ by sample.
+        stacked: Names of per-sample inputs whose samples are whole feeds (one axis more than the
+            model's input).
+        count: Number of samples.
+        targets: Output name → expected values, first axis the samples; ``""`` for ``labels``.
+        lengths: Valid steps of each sample; None if nothing is padded.
+    """
+
+    inputs: Mapping[str, Array]
+    per_sample: frozenset[str]
+    stacked: frozenset[str]
+    count: int
+    targets: Mapping[str, Array]
+    lengths: Array | None
+
+    def feed(self, start: int, stop: int) -> dict[str, Array]:
+        """Returns one feed that holds the samples ``start`` to ``stop`` as a batch."""
+        return {
+            name: (array[start] if name in self.stacked else array[start:stop])
+            if name in self.per_sample
+            else array
+            for name, array in self.inputs.items()
+        }
+
+    def batches(self, size: int) -> Iterator[tuple[int, int]]:
+        """Yields the bounds of consecutive batches; one sample at a time if feeds are stacked."""
+        step = 1 if self.stacked or self._fixed() else size
+        for start in range(0, self.count, step):
+            yield start, min(start + step, self.count)
+
+    def _fixed(self) -> bool:
+        return len(self.per_sample) < len(self.inputs)
+
+
+def load_dataset(path: Path, specs: Sequence[TensorSpec]) -> Dataset:
+    """Reads an ``.npz`` data set for a model.
+
+    One array for each model input, under the input's name (or ``x`` if there is one input), first
+    axis the samples; ``labels`` or ``target:<output>``; ``lengths`` of padded sequences.
+
+    Args:
+        path: The file. Pickled arrays are refused.
+        specs: The model's inputs.
+
+    Raises:
+        RnnpruneError: If the file cannot be read or does not fit the model.
+    """
+    if path.suffix != ".npz":
+        raise UsageError(
+            f"{path}: data must be an .npz file", "save it with numpy.savez_compressed"
+        )
+    arrays = _read_npz(path)
+    names = [s.name for s in specs]
+    if len(specs) == 1 and "x" in arrays and names[0] not in arrays:
+        arrays[names[0]] = arrays.pop("x")
+    missing = [n for n in names if n not in arrays]
+    if missing:
+        given = [n for n in arrays if n not in _RESERVED]
+        raise RnnpruneError(
+            f"{path} holds no array for input '{missing[0]}'",
+            f"name its arrays after the model's inputs: {', '.join(names)}"
+            + (f" (it has: {', '.join(given)})" if given else ""),
+        )
+    unknown = [
+        n for n in arrays if n not in names and n not in _RESERVED and not n.startswith(_TARGET)
+    ]
+    if unknown:
+        raise RnnpruneError(
+            f"{path}: array '{unknown[0]}' is no input of the model", closest(unknown[0], names)
+        )
+    inputs = {s.name: _fit(arrays[s.name], s, path) for s in specs}
+    stacked = {s.name for s in specs if s.shape and inputs[s.name].ndim == len(s.shape) + 1}
+    per_sample = stacked | {s.name for s in specs if _has_sample_axis(inputs[s.name], s)}
+    counts = {name: len(inputs[name]) for name in per_sample}
+    if len(set(counts.values())) > 1:
+        # Not a set of samples, then: the arrays must be one feed as they are.
+        per_sample, stacked, counts = set(), set(), {}
+    count = next(iter(counts.values()), 1)
+    targets = {n.removeprefix(_TARGET): a for n, a in arrays.items() if n.startswith(_TARGET)}
+    if "labels" in arrays:
+        targets[""] = arrays["labels"]
+    lengths = arrays.get("lengths") if "lengths" not in names else inputs["lengths"]
+    for name, array in [*targets.items(), *([("lengths", lengths)] if lengths is not None else [])]:
+        if array is not None and (array.ndim == 0 or len(array) != count) and per_sample:
+            raise RnnpruneError(
+                f"{path}: '{name or 'labels'}' has shape {list(array.shape)}, but there are {count}"
+                " samples",
+                "its first axis must be the samples",
+            )
+    return Dataset(inputs, frozenset(per_sample), frozenset(stacked), count, targets, lengths)
+
+
+def _read_npz(path: Path) -> dict[str, Array]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            claimed = sum(item.file_size for item in archive.infolist())
+            stored = path.stat().st_size
+            if claimed > MAX_DATA_BYTES or claimed > 1000 * stored + (64 << 20):
+                raise RnnpruneError(
+                    f"{path} unpacks to {claimed / 2**30:.1f} GiB from {stored / 2**20:.1f} MiB",
+                    "that is no plausible data set; split it if it is one",
+                )
+        with np.load(path, allow_pickle=False) as archive_arrays:
+            return {name: archive_arrays[name] for name in archive_arrays.files}
+    except FileNotFoundError as error:
+        raise RnnpruneError(f"{path} does not exist", "check the path given with --data") from error
+    except (zipfile.BadZipFile, ValueError, OSError, EOFError, KeyError, MemoryError) as error:
+        pickled = "pickle" in str(error).lower() or "object" in str(error).lower()
+        raise RnnpruneError(
+            f"{path} cannot be read: " + ("it holds pickled objects" if pickled else str(error)),
+            "save plain arrays with numpy.savez_compressed",
+        ) from error
+
+
+def _fit(array: Array, spec: TensorSpec, path: Path) -> Array:
+    """Casts an array to an input's type where that loses nothing; checks its rank."""
+    if array.dtype != spec.dtype:
+        if not np.can_cast(array.dtype, spec.dtype, "same_kind") and not (
+            array.dtype.kind in "iu" and spec.dtype.kind in "iu"
+        ):
+            raise RnnpruneError(
+                f"{path}: array '{spec.name}' has type {array.dtype}, the model wants {spec.dtype}",
+                f"save it as {spec.dtype}",
+            )
+        array = array.astype(spec.dtype)
+    if spec.shape is not None and array.ndim not in (len(spec.shape), len(spec.shape) + 1):
+        raise RnnpruneError(
+            f"{path}: array '{spec.name}' has shape {list(array.shape)}, the model wants"
+            f" {_shown(spec)}",
+            "its first axis must be the samples",
+        )
+    return array
+
+
+def _has_sample_axis(array: Array, spec: TensorSpec) -> bool:
+    """Tells whether the first axis of an array that has the input's rank counts samples."""
+    if not spec.shape or array.ndim != len(spec.shape):
+        return False
+    first = spec.shape[0]
+    return not isinstance(first, int) or first == 1
+
+
+def _shown(spec: TensorSpec) -> str:
+    return str([d if d is not None else "?" for d in spec.shape or ()]).replace("'", "")
+
+
+# Sizes to try for unnamed or symbolic dimensions, as (first axis, every other axis): long enough
+# to be worth timing first, then what common front ends insist on.
+_SIZES = (
+    (1, 100), (1, 128), (1, 64), (1, 512), (1, 576), (1, 1024), (1, 16000), (1, 16), (1, 8), (1, 4),
+    (1, 1), (2, 2), (16, 16), (100, 1), (100, 100), (16, 1), (8, 8),
+)  # fmt: skip
+
+
+def made_up_feeds(runner: Runner, seed: int, limit_elements: int = 1 << 24) -> list[Feed]:
+    """Makes seeded inputs that a model accepts.
+
+    Types, fixed sizes and shared symbolic dimensions are respected; integers stay in the range of
+    the tables they index; each value that the graph compares a scalar input with is tried, and one
+    other, so that every branch on it runs.
+
+    Args:
+        runner: The model; it is run to find sizes that it accepts.
+        seed: Seed of the generator.
+        limit_elements: No input is made larger.
+
+    Returns:
+        At least one feed.
+
+    Raises:
+        RnnpruneError: If no combination of sizes was accepted.
+    """
+    odd = [s for s in runner.inputs if s.dtype.kind not in "fiub"]
+    if odd:
+        raise RnnpruneError(
+            f"inputs cannot be made up for '{odd[0].name}': it is no numeric tensor",
+            "rnnprune supports models with numeric inputs",
+        )
+    feeds: list[Feed] = []
+    problem: RnnpruneError | None = None
+    for modes in _modes(runner.inputs):
+        for first, other in _SIZES:
+            feed = _feed(runner.inputs, modes, first, other, np.random.default_rng(seed))
+            if max((a.size for a in feed.values()), default=0) > limit_elements:
+                continue
+            try:
+                outputs = runner.run(feed)
+            except RnnpruneError as error:
+                problem = problem or error
+                continue
+            if all(o.size for o in outputs):
+                feeds.append(feed)
+                break
+        runner.reset()
+    if not feeds:
+        shapes = ", ".join(f"{s.name} {_shown(s)}" for s in runner.inputs)
+        raise RnnpruneError(
+            f"the model accepts no made-up input ({shapes}): "
+            + (problem.message if problem else "every output was empty"),
+            "give inputs that it accepts with --data inputs.npz (an array for each input)",
+        )
+    return feeds
+
+
+def _modes(specs: Sequence[TensorSpec]) -> list[dict[str, int | float]]:
+    """Assignments of the scalar inputs that the graph compares with constants."""
+    assignments: list[dict[str, int | float]] = [{}]
+    for spec in specs:
+        if spec.choices and not any(isinstance(d, int) and d > 1 for d in spec.shape or ()):
+            other = max(spec.choices) + 1 if spec.dtype.kind != "b" else False
+            values = [*spec.choices[:4], other]
+            assignments = [{**a, spec.name: v} for a in assignments for v in values][:16]
+    return assignments
+
+
+def _feed(
+    specs: Sequence[TensorSpec],
+    modes: Mapping[str, int | float],
+    first: int,
+    other: int,
+    generator: np.random.Generator,
+) -> dict[str, Array]:
+    symbols: dict[str, int] = {}
+    feed: dict[str, Array] = {}
+    for spec in specs:
+        shape = []
+        for axis, dim in enumerate(spec.shape or ()):
+            size = first if axis == 0 else other
+            if isinstance(dim, int):
+                size = dim
+            elif isinstance(dim, str):
+                size = symbols.setdefault(dim, size)
+            elif axis == 1 and len(spec.shape or ()) == 3 and isinstance(spec.shape[0], int):  # type: ignore[index]
+                size = first  # [layers, batch, hidden]: an initial state
+            shape.append(size)
+        feed[spec.name] = _values(spec, tuple(shape), modes, other, generator)
+    return feed
+
+
+def _values(
+    spec: TensorSpec,
+    shape: tuple[int, ...],
+    modes: Mapping[str, int | float],
+    steps: int,
+    generator: np.random.Generator,
+) -> Array:
+    if spec.name in modes:
+        return np.full(shape, modes[spec.name], spec.dtype)
+    if spec.is_length:
+        return np.full(shape, steps, spec.dtype)
+    if spec.dtype.kind == "f":
+        return generator.standard_normal(shape, dtype=np.float32).astype(spec.dtype)
+    if spec.dtype.kind == "b":
+        return generator.integers(0, 2, shape).astype(np.bool_)
+    low = spec.minimum if spec.minimum is not None else 0
+    high = spec.maximum if spec.maximum is not None else 1
+    return generator.integers(low, high, shape, endpoint=True).astype(spec.dtype)

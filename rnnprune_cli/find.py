@@ -1,0 +1,382 @@
+"""Nodes of an ONNX model → recurrent layers, or the reason why one cannot be pruned."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import numpy as np
+import onnx_ir as ir
+
+from rnnprune_cli.errors import RnnpruneError
+from rnnprune_cli.graph import Calls, Folder, Instance, Walker, attribute, stored_tensor, subgraphs
+from rnnprune_cli.model import GATES, Array, Op, RecurrentLayer, Skipped, Weight
+
+ROLES = {1: "W", 2: "R"}
+"""Input index of a recurrent operator → name of the weight, as in the ONNX specification."""
+
+_EXPORT_AGAIN = (
+    "export the model with its weights stored in it (torch.onnx.export and tf2onnx do so), or bind"
+    " them as initializers"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """Where one weight of one executed node is stored.
+
+    Attributes:
+        value: The initializer, output of a Constant, or result of a constant expression.
+        calls: The function calls that lead to ``value``.
+        node: The recurrent node that reads it.
+        index: Input index there: 1 for W, 2 for R.
+    """
+
+    value: ir.Value
+    calls: Calls
+    node: ir.Node
+    index: int
+
+
+@dataclass(frozen=True, eq=False)
+class Located:
+    """A recurrent operator as it is executed, with the places of its weights."""
+
+    name: str
+    instance: Instance
+    sites: tuple[Site, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """Result of :func:`find`.
+
+    Attributes:
+        layers: What can be pruned, in graph order.
+        skipped: What is recurrent and cannot.
+        weights: (layer name as located, role) → weight; covers every executed prunable node.
+    """
+
+    layers: tuple[RecurrentLayer, ...]
+    skipped: tuple[Skipped, ...]
+    weights: dict[tuple[str, str], Weight]
+
+
+def is_recurrent(node: ir.Node) -> bool:
+    """Tells whether a node is a standard LSTM, GRU or RNN."""
+    return node.domain in ("", "ai.onnx") and node.op_type in GATES
+
+
+def locate(walker: Walker) -> list[Located]:
+    """Finds the recurrent operators and where their weights come from, without reading values.
+
+    Deterministic: the same file gives the same names in the same order.
+    """
+    found: list[Located] = []
+    taken: Counter[str] = Counter()
+    for instance in walker.instances():
+        node = instance.node
+        if not is_recurrent(node):
+            continue
+        own = node.name or f"{node.op_type}_{len(found)}"
+        name = "/".join([*(c.name or c.op_type for c in instance.calls), own])
+        taken[name] += 1
+        if taken[name] > 1:
+            name = f"{name}#{taken[name]}"
+        sites = []
+        for index in ROLES:
+            value = node.inputs[index] if index < len(node.inputs) else None
+            if value is None:
+                raise RnnpruneError(
+                    f"{node.op_type} '{name}' has no weight {ROLES[index]}",
+                    "the model is not valid ONNX; export it again",
+                )
+            origin, calls = walker.origin(value, instance.calls)
+            sites.append(Site(origin, calls, node, index))
+        found.append(Located(name, instance, tuple(sites)))
+    return found
+
+
+def find(walker: Walker) -> Found:
+    """Finds every recurrent layer of a model.
+
+    Raises:
+        RnnpruneError: If a recurrent operator contradicts its own weights, or holds NaN or
+            infinite values (the model could not have worked).
+    """
+    folder = Folder(walker)
+    skipped: list[Skipped] = []
+    candidates: list[_Candidate] = []
+    for located in locate(walker):
+        sources = tuple(_read(site, folder) for site in located.sites)
+        refused = [
+            f"its weight {ROLES[site.index]} is not a constant: {source}"
+            for site, source in zip(located.sites, sources, strict=True)
+            if isinstance(source, str)
+        ]
+        if refused:
+            skipped.append(Skipped(located.name, refused[0], _EXPORT_AGAIN))
+        else:
+            known = tuple(source for source in sources if not isinstance(source, str))
+            candidates.append(_Candidate(located, known, *_check(located, known)))
+    writable, refusals = _writable(walker, candidates)
+    skipped.extend(refusals)
+    pool = _Pool()
+    layers: list[RecurrentLayer] = []
+    weights: dict[tuple[str, str], Weight] = {}
+    first: dict[tuple[int, str, str], str] = {}
+    for c in writable:
+        name = c.located.name
+        w, r = (
+            pool.add(f"{name}.{ROLES[site.index]}", site, source)
+            for site, source in zip(c.located.sites, c.sources, strict=True)
+        )
+        weights[name, "W"], weights[name, "R"] = w, r
+        # A function called twice with the same weights is one layer, not two.
+        if first.setdefault((id(c.located.instance.node), w.name, r.name), name) == name:
+            layers.append(
+                RecurrentLayer(name, c.op, c.direction, c.input_size, c.hidden_size, w, r)
+            )
+    skipped.extend(_other_recurrence(walker))
+    return Found(tuple(layers), tuple(skipped), weights)
+
+
+def readers(walker: Walker, found: Found) -> frozenset[tuple[int, int]]:
+    """Returns (id of node, input index) of every input that reads a prunable weight."""
+    names = {name for name, _ in found.weights}
+    return _readers(located for located in locate(walker) if located.name in names)
+
+
+def _readers(located: Iterable[Located]) -> frozenset[tuple[int, int]]:
+    return frozenset((id(site.node), site.index) for item in located for site in item.sites)
+
+
+def exclusive(walker: Walker, value: ir.Value, readers: frozenset[tuple[int, int]]) -> bool:
+    """Tells whether only the given inputs read a value, so that it can be changed in place."""
+    return all(
+        use is not None and (id(use[0]), use[1]) in readers for use in walker.consumers(value)
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Candidate:
+    """A recurrent operator whose weights are known and consistent."""
+
+    located: Located
+    sources: tuple[_Source, ...]
+    op: Op
+    direction: str
+    input_size: int
+    hidden_size: int
+
+
+def _writable(
+    walker: Walker, candidates: list[_Candidate]
+) -> tuple[list[_Candidate], list[Skipped]]:
+    """Sorts out the operators whose weights cannot be changed without changing something else."""
+    skipped: list[Skipped] = []
+    while True:
+        reading = _readers(c.located for c in candidates)
+        made: dict[int, Array] = {}
+        refused: list[_Candidate] = []
+        for candidate in candidates:
+            located = candidate.located
+            for site, source in zip(located.sites, candidate.sources, strict=True):
+                through_call = len(site.calls) != len(located.instance.calls)
+                if through_call and not exclusive(walker, site.value, reading):
+                    reason = "is passed to a model function that also uses it for something else"
+                elif source.computed and not np.array_equal(
+                    made.setdefault(id(site.value), source.read()), source.read()
+                ):
+                    reason = "is computed in a model function from arguments that differ by call"
+                else:
+                    continue
+                skipped.append(
+                    Skipped(
+                        located.name,
+                        f"its weight {ROLES[site.index]} {reason}",
+                        "inline the model's functions first (onnx.inliner.inline_local_functions)",
+                    )
+                )
+                refused.append(candidate)
+                break
+        if not refused:
+            return candidates, skipped
+        candidates = [c for c in candidates if c not in refused]
+
+
+@dataclass(frozen=True, eq=False)
+class _Source:
+    """A weight's shape and type, and how to read it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    read: Callable[[], Array]
+    computed: bool
+
+
+def _read(site: Site, folder: Folder) -> _Source | str:
+    tensor = stored_tensor(site.value)
+    if tensor is not None:
+        dtype = tensor.dtype
+        if not dtype.is_floating_point() or dtype.bitwidth < 16:
+            return f"'{site.value.name}' has type {dtype.name}"
+        return _Source(tuple(tensor.shape.numpy()), dtype.numpy(), tensor.numpy, computed=False)
+    folded = folder.fold(site.value, site.calls)
+    if isinstance(folded, str):
+        return folded
+    if folded.dtype.kind != "f":
+        return f"'{site.value.name}' has type {folded.dtype}"
+    return _Source(folded.shape, folded.dtype, lambda: folded, computed=True)
+
+
+class _Pool:
+    """Hands out one Weight for equal contents, wherever they are stored."""
+
+    def __init__(self) -> None:
+        self._by_value: dict[tuple[int, tuple[int, ...]], Weight] = {}
+        self._by_kind: dict[tuple[Any, ...], list[Weight]] = defaultdict(list)
+        self._digests: dict[str, bytes] = {}
+
+    def add(self, name: str, site: Site, source: _Source) -> Weight:
+        place = (id(site.value), tuple(id(c) for c in site.calls))
+        if place not in self._by_value:
+            self._by_value[place] = self._unify(name, source)
+        return self._by_value[place]
+
+    def _unify(self, name: str, source: _Source) -> Weight:
+        d, rows, columns = source.shape
+        weight = Weight(name, (d, rows, columns), source.dtype, source.read)
+        same_kind = self._by_kind[weight.shape, weight.dtype]
+        for other in same_kind:
+            if self._digest(other) == self._digest(weight):
+                return other
+        same_kind.append(weight)
+        return weight
+
+    def _digest(self, weight: Weight) -> bytes:
+        if weight.name not in self._digests:
+            data = np.ascontiguousarray(weight.read())
+            self._digests[weight.name] = hashlib.sha256(data.view(np.uint8).data).digest()
+        return self._digests[weight.name]
+
+
+def _check(located: Located, sources: tuple[_Source, ...]) -> tuple[Op, str, int, int]:
+    """Holds a node's attributes and weights against each other.
+
+    Returns:
+        Operator, direction, input size, hidden size.
+    """
+    node = located.instance.node
+    op: Op = next(o for o in get_args(Op) if o == node.op_type)
+    direction = "forward"
+    if (given := attribute(located.instance, "direction")) is not None:
+        direction = given.as_string()
+    if direction not in ("forward", "reverse", "bidirectional"):
+        raise RnnpruneError(f"{op} '{located.name}' has an unknown direction '{direction}'")
+    directions = 2 if direction == "bidirectional" else 1
+    for role, source in zip("WR", sources, strict=True):
+        if len(source.shape) != 3 or 0 in source.shape:
+            raise RnnpruneError(
+                f"weight {role} of {op} '{located.name}' has shape {list(source.shape)};"
+                f" [directions, {GATES[op]}·hidden, …] was expected",
+                "the model is not valid ONNX; export it again",
+            )
+    w, r = sources
+    hidden = r.shape[2]
+    expected = (directions, GATES[op] * hidden)
+    for role, source in zip("WR", sources, strict=True):
+        if source.shape[:2] != expected:
+            raise RnnpruneError(
+                f"weight {role} of {op} '{located.name}' has shape {list(source.shape)}; with"
+                f" direction {direction} and R of {list(r.shape)} it must begin with"
+                f" {list(expected)}",
+                "the model is not valid ONNX; export it again",
+            )
+    size = attribute(located.instance, "hidden_size")
+    if size is not None and size.as_int() != hidden:
+        raise RnnpruneError(
+            f"{op} '{located.name}' says hidden_size={size.as_int()}, but R has {hidden} columns",
+            "the model is not valid ONNX; export it again",
+        )
+    for role, source in zip("WR", sources, strict=True):
+        if not _all_finite(source.read()):
+            raise RnnpruneError(
+                f"weight {role} of {op} '{located.name}' holds NaN or infinite values",
+                "the model was damaged or its training diverged; take an earlier checkpoint",
+            )
+    return op, direction, w.shape[2], hidden
+
+
+def _all_finite(values: Array) -> bool:
+    # A sum is finite only if every term is; it needs no temporary. Overflow falls back to looking.
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(values.sum()):
+            return True
+    return all(bool(np.isfinite(block).all()) for block in values.reshape(-1, values.shape[-1]))
+
+
+_RECURRENT_NAME = re.compile(r"LSTM|GRU|(?<![A-Z])RNN")
+
+
+def _other_recurrence(walker: Walker) -> Iterable[Skipped]:
+    """What computes a recurrence without being a standard recurrent operator."""
+    seen: set[int] = set()
+    for instance in walker.instances():
+        node = instance.node
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        name = node.name or node.op_type
+        if node.op_type in ("Loop", "Scan"):
+            inner = Counter(n.op_type for sub in subgraphs(node) for n in sub.all_nodes())
+            if inner["Sigmoid"] + inner["Tanh"] + inner["HardSigmoid"] and (
+                inner["MatMul"] + inner["Gemm"]
+            ):
+                yield Skipped(
+                    name,
+                    f"the recurrent cell is written out inside a {node.op_type} "
+                    "(MatMul, Sigmoid, Tanh), not an LSTM, GRU or RNN operator",
+                    "export it as an operator: Keras 2's LSTM and GRU without masking do,"
+                    " and so does torch.onnx.export",
+                )
+        elif (
+            not is_recurrent(node)
+            and _RECURRENT_NAME.search(node.op_type)
+            and walker.model.functions.get(node.op_identifier()) is None
+        ):
+            quantized = "Quantize" in node.op_type
+            yield Skipped(
+                name,
+                f"{node.domain or 'ai.onnx'}:{node.op_type} "
+                + ("is already quantized" if quantized else "is a custom operator"),
+                "prune the model before it is quantized"
+                if quantized
+                else "export it with standard LSTM, GRU or RNN operators",
+            )
+        elif node.op_type == "Mul" and _closes_a_cell(node):
+            yield Skipped(
+                name,
+                "a recurrent cell is written out here as MatMul or Gemm, Sigmoid and Tanh"
+                " (o · tanh(c)), not an LSTM, GRU or RNN operator",
+                "export it as an operator (torch.nn.LSTM rather than LSTMCell, Keras layers"
+                " rather than single steps)",
+            )
+
+
+def _closes_a_cell(node: ir.Node) -> bool:
+    """Recognises ``h = sigmoid(·) * tanh(f * c + i * g)``, the last product of an LSTM cell."""
+    makers = [v.producer() if v is not None else None for v in node.inputs]
+    kinds = {m.op_type: m for m in makers if m is not None}
+    if set(kinds) != {"Sigmoid", "Tanh"}:
+        return False
+    cell = kinds["Tanh"].inputs[0]
+    added = cell.producer() if cell is not None else None
+    if added is None or added.op_type != "Add":
+        return False
+    terms = [v.producer() if v is not None else None for v in added.inputs]
+    return all(t is not None and t.op_type == "Mul" for t in terms)

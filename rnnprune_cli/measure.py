@@ -1,0 +1,157 @@
+"""Sizes and CPU latency."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import sys
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rnnprune_cli.model import Feed, Latency, Ratio, Runner
+
+WARM_UP_CALLS = 3
+SHORTEST_SAMPLE = 1e-3
+"""Seconds; calls that are faster are timed several at once."""
+MIN_PAIRS = 11
+MAX_PAIRS = 200
+RESAMPLES = 2000
+GZIP_SAMPLE_BYTES = 16 << 20
+_BLOCK = 1 << 20
+
+
+def interleaved_latency(
+    before: Runner, after: Runner, feed: Feed, seconds: float, seed: int = 0
+) -> tuple[Latency, Latency, Ratio]:
+    """Times two models in pairs, in random order within each pair, in one process.
+
+    Pairing cancels what changes the machine's speed for both; the ratio is that of the medians,
+    with a 95 % bootstrap interval over the pairs.
+
+    Args:
+        before: The reference.
+        after: The model held against it.
+        feed: Input of one call.
+        seconds: When to stop, after at least :data:`MIN_PAIRS` pairs (three where a single call
+            takes longer than that allows).
+        seed: Seed of the order and of the bootstrap.
+
+    Returns:
+        Latency before and after, and after divided by before.
+    """
+    generator = np.random.default_rng(seed)
+    sides = (before, after)
+    calls = []
+    for runner in sides:
+        runner.reset()
+        for _ in range(WARM_UP_CALLS):
+            single = _seconds(runner, feed, 1)
+            if single > seconds / WARM_UP_CALLS:
+                break
+        calls.append(max(1, round(SHORTEST_SAMPLE / max(single, 1e-7))))
+    samples: tuple[list[float], list[float]] = ([], [])
+    begin = time.perf_counter()
+    while len(samples[0]) < MAX_PAIRS:
+        spent = time.perf_counter() - begin
+        done = len(samples[0])
+        if spent > seconds and (done >= MIN_PAIRS or (done >= 3 and spent > 2 * seconds)):
+            break
+        for side in generator.permutation(2):
+            sides[side].reset()
+            samples[side].append(1e3 * _seconds(sides[side], feed, calls[side]) / calls[side])
+    first, second = np.array(samples[0]), np.array(samples[1])
+    picks = generator.integers(0, len(first), (RESAMPLES, len(first)))
+    ratios = np.median(second[picks], axis=1) / np.median(first[picks], axis=1)
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    ratio = Ratio(float(np.median(second) / np.median(first)), float(low), float(high))
+    return _latency(first), _latency(second), ratio
+
+
+def _seconds(runner: Runner, feed: Feed, calls: int) -> float:
+    begin = time.perf_counter()
+    for _ in range(calls):
+        runner.run(feed)
+    return time.perf_counter() - begin
+
+
+def _latency(samples: np.ndarray[Any, np.dtype[np.float64]]) -> Latency:
+    p5, median, p95 = np.percentile(samples, [5, 50, 95])
+    return Latency(float(median), float(p5), float(p95), tuple(round(float(s), 6) for s in samples))
+
+
+def total_bytes(files: Sequence[Path]) -> int:
+    """Returns the size of all files of a model."""
+    return sum(f.stat().st_size for f in files)
+
+
+def gzip_bytes(files: Sequence[Path]) -> tuple[int, bool]:
+    """Returns the size of a model's files after gzip (level 6), and whether it is an estimate.
+
+    Above :data:`GZIP_SAMPLE_BYTES`, evenly spaced blocks are compressed and the result is scaled.
+    """
+    total = total_bytes(files)
+    every = max(1, -(-total // GZIP_SAMPLE_BYTES))
+    compressor = zlib.compressobj(6, zlib.DEFLATED, 31)
+    packed = seen = 0
+    for number, block in enumerate(_blocks(files)):
+        if number % every == 0:
+            packed += len(compressor.compress(block))
+            seen += len(block)
+    packed += len(compressor.flush())
+    return (round(packed * total / seen) if seen else 0), every > 1
+
+
+def _blocks(files: Sequence[Path]) -> Iterator[bytes]:
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                yield block
+
+
+def sha256(files: Sequence[Path]) -> str:
+    """Returns the SHA-256 over all files of a model, in the given order.
+
+    A model that is one file has the same digest as the file.
+    """
+    digest = hashlib.sha256()
+    for block in _blocks(files):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def environment(threads: int) -> dict[str, Any]:
+    """Describes the machine and the versions of everything that took part."""
+    names = [
+        "numpy",
+        "onnx",
+        "onnx_ir",
+        "onnxruntime",
+        "tensorflow",
+        "tf2onnx",
+        "keras",
+        "tf_keras",
+    ]
+    versions = {n: getattr(sys.modules[n], "__version__", "?") for n in names if n in sys.modules}
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "os": platform.platform(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

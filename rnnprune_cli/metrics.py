@@ -1,0 +1,222 @@
+"""Quality of a model on labelled data, and how much two models' outputs differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rnnprune_cli.data import Dataset
+from rnnprune_cli.errors import RnnpruneError, UsageError, closest
+from rnnprune_cli.model import Array, MetricValue, OutputFidelity, Runner, TensorSpec
+
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class _Metric:
+    """A metric that is a mean over items (steps or samples).
+
+    ``per_item`` maps (prediction ``[items, …]``, target ``[items, …]``) to ``[items]``; ``finish``
+    maps the mean to the figure.
+    """
+
+    summary: str
+    higher_is_better: bool
+    classes: bool
+    per_item: Callable[[Array, Array], Array]
+    finish: Callable[[float], float] = lambda mean: mean
+
+
+def _log_likelihood(prediction: Array, target: Array) -> Array:
+    """Natural log of the probability of the target class, from logits or probabilities."""
+    values = prediction.astype(np.float64)
+    picked = np.take_along_axis(values, target[:, None], axis=1)[:, 0]
+    if values.min() >= 0 and np.allclose(values.sum(axis=1), 1, atol=1e-3):
+        return np.asarray(np.log(np.maximum(picked, 1e-12)))
+    top = values.max(axis=1)
+    return np.asarray(picked - top - np.log(np.exp(values - top[:, None]).sum(axis=1)))
+
+
+def _hits(prediction: Array, target: Array) -> Array:
+    if prediction.shape[1] == 1:
+        # One logit or probability: the class is decided at 0.5, or at 0 if values leave [0, 1].
+        inside = prediction.min() >= 0 and prediction.max() <= 1
+        guess = prediction[:, 0] > (0.5 if inside else 0.0)
+    else:
+        guess = prediction.argmax(axis=1)
+    return np.asarray(guess == target, np.float64)
+
+
+def _flat_mean(values: Array) -> Array:
+    return np.asarray(values.reshape(len(values), -1).mean(axis=1))
+
+
+METRICS = {
+    "accuracy": _Metric("share of right classes", True, True, _hits),
+    "bits-per-char": _Metric(
+        "mean bits (-log2 of the right class's probability) per step",
+        False,
+        True,
+        lambda p, t: -_log_likelihood(p, t) / np.log(2),
+    ),
+    "perplexity": _Metric(
+        "exp of the mean -ln of the right class's probability",
+        False,
+        True,
+        lambda p, t: -_log_likelihood(p, t),
+        lambda mean: float(np.exp(mean)),
+    ),
+    "mse": _Metric(
+        "mean squared error",
+        False,
+        False,
+        lambda p, t: _flat_mean((p.astype(np.float64) - t) ** 2),
+    ),
+    "mae": _Metric(
+        "mean absolute error",
+        False,
+        False,
+        lambda p, t: _flat_mean(np.abs(p.astype(np.float64) - t)),
+    ),
+}
+"""Name → metric; ``auto`` chooses among them by the labels."""
+
+
+def check_metric(name: str) -> None:
+    """Raises UsageError for an unknown metric."""
+    if name != "auto" and name not in METRICS:
+        raise UsageError(f"there is no metric '{name}'", closest(name, ["auto", *METRICS]))
+
+
+def evaluate(runner: Runner, data: Dataset, name: str) -> MetricValue | None:
+    """Measures a model on a labelled data set.
+
+    Padded steps (beyond ``lengths``) and labels below 0 count nowhere.
+
+    Args:
+        runner: The model.
+        data: The data set.
+        name: A key of :data:`METRICS`, or ``auto``: ``accuracy`` for integer labels
+            (``bits-per-char`` where the model reads integers and predicts one at each step),
+            ``mse`` for others.
+
+    Returns:
+        The figure, or None if there are no labels.
+
+    Raises:
+        RnnpruneError: If labels and outputs do not fit.
+    """
+    if not data.targets:
+        return None
+    target_name, target = next(iter(data.targets.items()))
+    index = _output_index(runner.outputs, target_name)
+    metric: _Metric | None = None
+    total, items = 0.0, 0
+    for start, stop in data.batches(BATCH):
+        runner.reset()
+        prediction = runner.run(data.feed(start, stop))[index]
+        expected = target[start:stop]
+        if metric is None:
+            name = _choose(name, data, prediction, target)
+            metric = METRICS[name]
+        lengths = None if data.lengths is None else data.lengths[start:stop]
+        p, t = _items(metric, prediction, expected, lengths)
+        if len(t):
+            total += float(metric.per_item(p, t).sum())
+            items += len(t)
+    if metric is None or items == 0:
+        raise RnnpruneError("the data set has no labelled step", "check labels and lengths")
+    return MetricValue(name, metric.finish(total / items), metric.higher_is_better)
+
+
+def _output_index(outputs: Sequence[TensorSpec], name: str) -> int:
+    names = [o.name for o in outputs]
+    if name and name not in names:
+        raise RnnpruneError(f"the model has no output '{name}'", closest(name, names))
+    return names.index(name) if name else 0
+
+
+def _choose(name: str, data: Dataset, prediction: Array, target: Array) -> str:
+    if name != "auto":
+        return name
+    if target.dtype.kind not in "iub":
+        return "mse"
+    tokens = any(a.dtype.kind in "iu" and a.ndim == 2 for a in data.inputs.values())
+    return "bits-per-char" if tokens and prediction.ndim == 3 and target.ndim == 2 else "accuracy"
+
+
+def _items(
+    metric: _Metric, prediction: Array, target: Array, lengths: Array | None
+) -> tuple[Array, Array]:
+    """Lines predictions up with targets and drops padded steps and ignored labels."""
+    per_step = (
+        target.ndim >= 2
+        and prediction.ndim >= 2
+        and target.shape[:2] == prediction.shape[:2]
+        and (not metric.classes or prediction.ndim == 3)
+    )
+    if metric.classes:
+        if prediction.ndim == target.ndim:
+            prediction = prediction[..., None]
+        if prediction.shape[:-1] != target.shape:
+            raise RnnpruneError(
+                f"labels of shape {list(target.shape)} do not fit an output of shape"
+                f" {list(prediction.shape)}",
+                "one class for each sample, or for each step, is expected",
+            )
+    elif prediction.shape != target.shape:
+        if prediction.size != target.size:
+            raise RnnpruneError(
+                f"targets of shape {list(target.shape)} do not fit an output of shape"
+                f" {list(prediction.shape)}",
+                "they must have the output's shape",
+            )
+        target = target.reshape(prediction.shape)
+    if per_step and lengths is not None:
+        valid = np.arange(target.shape[1])[None] < np.asarray(lengths)[:, None]
+    else:
+        valid = np.ones(target.shape[: 2 if per_step else 1], np.bool_)
+    prediction, target = prediction[valid], target[valid]
+    if metric.classes:
+        prediction = prediction.reshape(-1, prediction.shape[-1])
+        target = target.reshape(-1)
+        labelled = target >= 0
+        prediction, target = prediction[labelled], target[labelled].astype(np.int64)
+    return prediction, target
+
+
+def compare(
+    reference: Sequence[Sequence[Array]],
+    other: Sequence[Sequence[Array]],
+    outputs: Sequence[TensorSpec],
+) -> tuple[OutputFidelity, ...]:
+    """Compares two models' outputs over the same feeds, output by output."""
+    rows = []
+    for k, spec in enumerate(outputs):
+        sums = np.zeros(4)  # |a-b|, a·b, a·a, b·b
+        largest, count, same, positions = 0.0, 0, 0, 0
+        for one, two in zip(reference, other, strict=True):
+            if one[k].dtype.kind not in "fiub" or one[k].shape != two[k].shape:
+                continue
+            a, b = one[k].astype(np.float64), two[k].astype(np.float64)
+            difference = np.abs(a - b)
+            largest = max(largest, float(difference.max(initial=0.0)))
+            sums += [difference.sum(), (a * b).sum(), (a * a).sum(), (b * b).sum()]
+            count += a.size
+            if a.ndim >= 2 and a.shape[-1] >= 2:
+                same += int((a.argmax(axis=-1) == b.argmax(axis=-1)).sum())
+                positions += a[..., 0].size
+        norm = np.sqrt(sums[2] * sums[3])
+        cosine = float(sums[1] / norm) if norm > 0 else float(sums[2] == sums[3])
+        rows.append(
+            OutputFidelity(
+                spec.name,
+                largest,
+                float(sums[0] / count) if count else 0.0,
+                cosine,
+                same / positions if positions else None,
+            )
+        )
+    return tuple(rows)

@@ -1,0 +1,410 @@
+"""The frozen dataclasses that travel between the stages.
+
+A model file becomes a :class:`LoadedModel`: its recurrent layers, what had to be skipped, and how
+to run and to save it. Everything after that (scoring, selecting, verifying, measuring, reporting)
+sees only the types of this module, whether the file was ONNX or TensorFlow.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+BoolArray = NDArray[np.bool_]
+Masks = Mapping[str, BoolArray]
+"""Weight name → True where the weight is kept; shape as :attr:`Weight.shape`."""
+
+Op = Literal["LSTM", "GRU", "RNN"]
+GATES: dict[Op, int] = {"LSTM": 4, "GRU": 3, "RNN": 1}
+"""Gates per operator: rows of W and R are ``gates * hidden_size``."""
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """One prunable matrix in ONNX layout: W or R of a recurrent layer.
+
+    Layers that share a weight, or hold equal copies of it, hold the same object.
+
+    Attributes:
+        name: Unique within the model, such as ``lstm_4.W``.
+        shape: ``(directions, gates * hidden_size, columns)``.
+        dtype: Floating-point type in which it is stored.
+        read: Returns the values, read-only; may be a view of a memory map.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    dtype: np.dtype[Any]
+    read: Callable[[], Array]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+
+@dataclass(frozen=True, eq=False)
+class RecurrentLayer:
+    """A recurrent layer whose weights are known constants.
+
+    Attributes:
+        name: Unique name, shown to the user and matched by ``--layers``.
+        op: ONNX operator that describes it.
+        direction: ``forward``, ``reverse`` or ``bidirectional``.
+        input_size: Features per time step.
+        hidden_size: Hidden units per direction.
+        w: Input weights, ``(directions, gates * hidden_size, input_size)``.
+        r: Recurrent weights, ``(directions, gates * hidden_size, hidden_size)``.
+    """
+
+    name: str
+    op: Op
+    direction: str
+    input_size: int
+    hidden_size: int
+    w: Weight
+    r: Weight
+
+    @property
+    def weights(self) -> tuple[Weight, Weight]:
+        """W and R."""
+        return self.w, self.r
+
+    @property
+    def macs_per_step(self) -> int:
+        """Multiply-accumulates of W and R that a dense kernel executes per time step."""
+        return self.w.size + self.r.size
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Something recurrent that cannot be pruned, why, and what would help."""
+
+    name: str
+    reason: str
+    hint: str
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input or output of a model.
+
+    Attributes:
+        name: Public name.
+        dtype: NumPy type.
+        shape: Fixed sizes as ``int``, symbolic dimensions as their name, unknown ones as None;
+            None instead of a tuple where not even the rank is known.
+        minimum: Smallest valid value of an integer input, where the graph tells.
+        maximum: Largest valid value of an integer input (inclusive), where the graph tells.
+        choices: Values that the graph compares the input with (a sample rate, a mode).
+        is_length: The input gives the lengths of padded sequences.
+    """
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | str | None, ...] | None
+    minimum: int | None = None
+    maximum: int | None = None
+    choices: tuple[int | float, ...] = ()
+    is_length: bool = False
+
+
+Feed = Mapping[str, Array]
+
+
+class Runner(ABC):
+    """An executable model: an onnxruntime session or a TensorFlow function."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @abstractmethod
+    def run(self, feed: Feed) -> list[Array]:
+        """Runs the model once.
+
+        Args:
+            feed: An array for each input, under its name.
+
+        Returns:
+            The outputs, in the order of :attr:`outputs`.
+
+        Raises:
+            RnnpruneError: If the runtime rejects the feed.
+        """
+
+    def reset(self) -> None:  # noqa: B027  most models hold no state between calls
+        """Restores the state that a stateful model keeps between calls."""
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """How many floating-point weights a model has, and how many are not zero."""
+
+    parameters: int
+    nonzero: int
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How the pruned weights are stored.
+
+    Attributes:
+        export: ``auto``, ``dense``, ``sparse`` or ``packed``.
+        values: ``float32`` (as they are), ``float16`` or ``int8``: precision of packed values.
+    """
+
+    export: str = "auto"
+    values: str = "float32"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a save wrote.
+
+    Attributes:
+        path: The model file or directory.
+        files: Everything that belongs to it (external data, variables), for size and moving.
+        format: ``onnx``, ``savedmodel``, ``keras`` or ``h5``.
+        exports: Weight name → how it was stored: ``dense``, ``sparse`` or ``packed``.
+        stored: Weight name → returns the values that the file is meant to hold (masked, and
+            rounded where ``--values`` asked for it).
+        warnings: What the user should know about the way it was stored.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    format: str
+    exports: Mapping[str, str]
+    stored: Mapping[str, Callable[[], Array]]
+    warnings: tuple[str, ...] = ()
+
+
+class LoadedModel(ABC):
+    """A model file that was read and searched for recurrent layers.
+
+    Attributes:
+        path: What the user named.
+        format: ``onnx``, ``savedmodel``, ``keras`` or ``h5``.
+        producer: The exporter, as the file says.
+        opset: Version of the default operator set; None for TensorFlow.
+        files: All files of the model.
+        layers: What can be pruned.
+        skipped: What is recurrent but cannot be pruned.
+        warnings: What the user should know about the file.
+    """
+
+    path: Path
+    format: str
+    producer: str
+    opset: int | None
+    files: tuple[Path, ...]
+    layers: tuple[RecurrentLayer, ...]
+    skipped: tuple[Skipped, ...]
+    warnings: tuple[str, ...]
+
+    @abstractmethod
+    def open(self, threads: int = 1) -> Runner:
+        """Returns the original model, ready to run."""
+
+    @abstractmethod
+    def open_masked(self, stored: Mapping[str, Callable[[], Array]], threads: int = 1) -> Runner:
+        """Returns the reference: the original graph with other values for its weights.
+
+        It shares no code with :meth:`save` beyond finding the weights, so that the two can be held
+        against each other.
+        """
+
+    @abstractmethod
+    def save(
+        self, masks: Masks, directory: Path, name: str, options: ExportOptions, note: str
+    ) -> Saved:
+        """Writes the pruned model into a directory.
+
+        Args:
+            masks: What is kept of each weight; weights that are not named stay as they are.
+            directory: Existing empty directory.
+            name: File or directory name of the model in there.
+            options: How pruned weights are stored.
+            note: Provenance (tool, version, plan) for the model's metadata.
+        """
+
+    @abstractmethod
+    def reopen(self, saved: Saved, threads: int = 1) -> Runner:
+        """Returns what :meth:`save` wrote, read back from its files, ready to run."""
+
+    @abstractmethod
+    def read_back(self, saved: Saved) -> Iterable[tuple[str, Array]]:
+        """Yields (weight name, values) as the written files hold them, in the layout of Weight.
+
+        A weight that is stored in several places comes several times.
+        """
+
+    def verify_untouched(self, saved: Saved) -> list[Claim]:
+        """Checks what only this format can: that nothing but the pruned weights has changed."""
+        return []
+
+    @abstractmethod
+    def count(self) -> ParameterCount:
+        """Counts the floating-point weights of the original."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One pruning step of a plan."""
+
+    method: str
+    granularity: str
+    scope: str
+    sparsity: float
+    layers: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done: stages in order, and the seed of everything random."""
+
+    stages: tuple[Stage, ...]
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Wall-clock time of one call in milliseconds, with the raw samples."""
+
+    median: float
+    p5: float
+    p95: float
+    samples: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio of medians with its 95 % bootstrap interval."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class MetricValue:
+    """A quality figure of a model on the user's data."""
+
+    name: str
+    value: float
+    higher_is_better: bool
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The figures of one model. See the README for how each is made."""
+
+    parameters: int
+    nonzero: int
+    recurrent_parameters: int
+    recurrent_nonzero: int
+    bytes: int
+    gzip_bytes: int
+    macs_per_step: int
+    latency_ms: Latency | None = None
+    metric: MetricValue | None = None
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """After divided by before."""
+
+    parameters: float
+    nonzero: float
+    bytes: float
+    gzip_bytes: float
+    latency: Ratio | None
+
+
+@dataclass(frozen=True)
+class OutputFidelity:
+    """How much pruning changed one output: original against pruned.
+
+    ``agreement`` is the share of positions with the same largest entry along the last axis; None
+    where an output has no such axis.
+    """
+
+    name: str
+    max_abs: float
+    mean_abs: float
+    cosine: float
+    agreement: float | None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One verified statement about the rewrite."""
+
+    claim: str
+    passed: bool
+    max_abs: float
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """What happened to one layer."""
+
+    name: str
+    op: str
+    direction: str
+    hidden_before: int
+    hidden_after: int
+    weights_before: int
+    weights_after: int
+    nonzero_after: int
+    sparsity: float
+    blocked: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Identity of the input model."""
+
+    path: str
+    format: str
+    sha256: str
+    producer: str
+    opset: int | None
+
+
+@dataclass(frozen=True)
+class OutputInfo:
+    """Identity of the written model."""
+
+    path: str
+    format: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that ``prune`` has to say; ``report/`` renders it."""
+
+    arguments: Mapping[str, Any]
+    model: ModelInfo
+    output: OutputInfo
+    plan: Plan
+    layers: tuple[LayerRow, ...]
+    skipped: tuple[Skipped, ...]
+    before: Measurement
+    after: Measurement
+    ratios: Ratios
+    fidelity: tuple[OutputFidelity, ...]
+    verification: tuple[Claim, ...]
+    warnings: tuple[str, ...]
+    environment: Mapping[str, Any]
+    checks: tuple[Any, ...] = field(default=())

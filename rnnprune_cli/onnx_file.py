@@ -1,0 +1,232 @@
+"""Reading ONNX files that nobody vouches for: every size and path is checked before it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+from rnnprune_cli.errors import RnnpruneError
+
+MAX_DENSIFIED_BYTES = 1 << 31
+
+_DAMAGED = "the file is damaged or is not an ONNX model; export or copy it again"
+
+
+def read_proto(path: Path) -> onnx.ModelProto:
+    """Reads and checks a model without loading its external data.
+
+    Sparse initializers and sparse Constants are made dense, because onnx-ir drops them.
+
+    Raises:
+        RnnpruneError: If the file is not a usable ONNX model, or external data lies outside the
+            model's folder, is missing or is too short.
+    """
+    if path.stat().st_size == 0:
+        raise RnnpruneError(f"{path} is empty", _DAMAGED)
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(path.read_bytes())
+    except DecodeError as error:
+        raise RnnpruneError(
+            f"{path} is not an ONNX model: it cannot be decoded", _DAMAGED
+        ) from error
+    # protobuf accepts much that was never a model: text can parse as unknown fields.
+    if not proto.graph.node or not proto.opset_import:
+        raise RnnpruneError(f"{path} is not an ONNX model: it holds no graph", _DAMAGED)
+    for tensor in tensors(proto):
+        _check_tensor(tensor, path)
+    for graph in _graphs(proto):
+        _densify(graph, path)
+    _check_structure(proto, path)
+    return proto
+
+
+def deserialize(proto: onnx.ModelProto, path: Path) -> ir.Model:
+    """Turns a checked proto into onnx-ir, with external data bound to the model's folder."""
+    try:
+        model = ir.from_proto(proto)
+    except Exception as error:  # onnx-ir raises many unrelated types on invalid models
+        reason = str(error).splitlines()[0][:200]
+        raise RnnpruneError(f"{path} is not a valid ONNX model: {reason}", _DAMAGED) from error
+    for graph in (model.graph, *(f.graph for f in model.functions.values())):
+        ir.external_data.set_base_dir(graph, path.parent.resolve())
+    return model
+
+
+def external_files(proto: onnx.ModelProto, path: Path) -> tuple[Path, ...]:
+    """Returns the external data files of a model, each once, in order of first use."""
+    names = [_location(t) for t in tensors(proto) if _is_external(t)]
+    return tuple(path.parent / name for name in dict.fromkeys(names))
+
+
+def tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Yields every tensor stored in a model: initializers and attributes, in all graphs."""
+    for graph in _graphs(proto):
+        yield from graph.initializer
+        for sparse in graph.sparse_initializer:
+            yield from (sparse.values, sparse.indices)
+    for node in _nodes(proto):
+        for attr in node.attribute:
+            if attr.HasField("t"):
+                yield attr.t
+            yield from attr.tensors
+            if attr.HasField("sparse_tensor"):
+                yield from (attr.sparse_tensor.values, attr.sparse_tensor.indices)
+
+
+def _nodes(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    for graph in _graphs(proto):
+        yield from graph.node
+    for function in proto.functions:
+        yield from function.node
+
+
+def _graphs(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
+    pending: list[Any] = [proto.graph, *proto.functions]
+    while pending:
+        holder = pending.pop()
+        if isinstance(holder, onnx.GraphProto):
+            yield holder
+        for node in holder.node:
+            for attr in node.attribute:
+                if attr.HasField("g"):
+                    pending.append(attr.g)
+                pending.extend(attr.graphs)
+
+
+def _is_external(tensor: onnx.TensorProto) -> bool:
+    return tensor.data_location == onnx.TensorProto.EXTERNAL
+
+
+def _entries(tensor: onnx.TensorProto) -> dict[str, str]:
+    return {entry.key: entry.value for entry in tensor.external_data}
+
+
+def _location(tensor: onnx.TensorProto) -> str:
+    return _entries(tensor).get("location", "")
+
+
+def _bytes_needed(tensor: onnx.TensorProto, path: Path) -> int | None:
+    """Bytes of a tensor's data in raw form; None for strings and unknown types."""
+    if any(d < 0 for d in tensor.dims):
+        raise RnnpruneError(f"{path}: tensor '{tensor.name}' has a negative dimension", _DAMAGED)
+    try:
+        dtype = ir.DataType(tensor.data_type)
+        bits = dtype.bitwidth
+    except (ValueError, TypeError):
+        return None
+    count = int(np.prod([int(d) for d in tensor.dims], dtype=object))
+    return -(-count * bits // 8)
+
+
+def _check_tensor(tensor: onnx.TensorProto, path: Path) -> None:
+    needed = _bytes_needed(tensor, path)
+    if not _is_external(tensor):
+        if needed is not None and tensor.HasField("raw_data") and len(tensor.raw_data) != needed:
+            raise RnnpruneError(
+                f"{path}: tensor '{tensor.name}' of shape {list(tensor.dims)} needs {needed} bytes,"
+                f" the file holds {len(tensor.raw_data)}",
+                _DAMAGED,
+            )
+        return
+    location = _location(tensor)
+    folder = path.parent.resolve()
+    target = (folder / location).resolve()
+    if not location or Path(location).is_absolute() or not target.is_relative_to(folder):
+        raise RnnpruneError(
+            f"{path}: tensor '{tensor.name}' keeps its data in '{location}', outside the model's"
+            " folder",
+            "data files must lie beside the model; save it again with a relative location",
+        )
+    if not target.is_file():
+        raise RnnpruneError(
+            f"{path}: the data file '{location}' of tensor '{tensor.name}' is missing",
+            "copy it next to the model",
+        )
+    entries = _entries(tensor)
+    try:
+        offset = int(entries.get("offset", "0"))
+        length = int(entries.get("length", needed or 0))
+    except ValueError:
+        offset = length = -1
+    if needed is None or length != needed or offset < 0 or offset + length > target.stat().st_size:
+        raise RnnpruneError(
+            f"{path}: the data file '{location}' is too short for tensor '{tensor.name}' or its"
+            " offset and length are wrong",
+            _DAMAGED,
+        )
+
+
+def _check_structure(proto: onnx.ModelProto, path: Path) -> None:
+    """Refuses what the checker calls invalid in the graph itself.
+
+    The checker also refuses models that run (an unknown custom operator, say), so only the
+    errors that would mislead the rest of the program are taken from it: order and names.
+    """
+    _check_order(proto.graph, {i.name for i in proto.graph.input}, path)
+    for function in proto.functions:
+        _check_order(function, set(function.input), path)
+
+
+def _check_order(
+    graph: onnx.GraphProto | onnx.FunctionProto, visible: set[str], path: Path
+) -> None:
+    known = set(visible)
+    if isinstance(graph, onnx.GraphProto):
+        known |= {i.name for i in graph.input} | {t.name for t in graph.initializer}
+    for node in graph.node:
+        for name in node.input:
+            if name and name not in known:
+                raise RnnpruneError(
+                    f"{path}: node '{node.name or node.op_type}' reads '{name}' before any node"
+                    " makes it: the graph has a cycle or is out of order",
+                    "the model is not valid ONNX; export it again",
+                )
+        for attr in node.attribute:
+            for sub in ([attr.g] if attr.HasField("g") else []) + list(attr.graphs):
+                _check_order(sub, known, path)
+        known.update(node.output)
+
+
+def _densify(graph: onnx.GraphProto, path: Path) -> None:
+    for sparse in graph.sparse_initializer:
+        graph.initializer.append(_dense(sparse, sparse.values.name, path))
+    del graph.sparse_initializer[:]
+    for node in graph.node:
+        for attr in node.attribute:
+            if node.op_type == "Constant" and attr.name == "sparse_value":
+                tensor = _dense(attr.sparse_tensor, "", path)
+                attr.CopyFrom(onnx.helper.make_attribute("value", tensor))
+
+
+def _dense(sparse: onnx.SparseTensorProto, name: str, path: Path) -> onnx.TensorProto:
+    """Makes a sparse tensor dense, refusing sizes and positions that cannot be right."""
+    size = int(np.prod([int(d) for d in sparse.dims], dtype=object))
+    try:
+        values = onnx.numpy_helper.to_array(sparse.values, base_dir=str(path.parent))
+        indices = onnx.numpy_helper.to_array(sparse.indices, base_dir=str(path.parent))
+    except (ValueError, TypeError, OSError) as error:
+        raise RnnpruneError(f"{path}: sparse tensor '{name}' cannot be read", _DAMAGED) from error
+    if any(d < 0 for d in sparse.dims) or size * values.itemsize > MAX_DENSIFIED_BYTES:
+        raise RnnpruneError(
+            f"{path}: sparse tensor '{name}' of shape {list(sparse.dims)} would take more than"
+            f" {MAX_DENSIFIED_BYTES >> 30} GiB",
+            _DAMAGED,
+        )
+    if indices.ndim == 2 and indices.shape[1] == len(sparse.dims):
+        inside = bool((indices >= 0).all() and (indices < np.array(sparse.dims)).all())
+        flat = np.ravel_multi_index(tuple(indices.T), tuple(sparse.dims)) if inside else None
+    else:
+        inside = indices.ndim == 1 and bool((indices >= 0).all() and (indices < size).all())
+        flat = indices if inside else None
+    if flat is None or len(flat) != len(values):
+        raise RnnpruneError(f"{path}: sparse tensor '{name}' has positions outside it", _DAMAGED)
+    dense = np.zeros(size, values.dtype)
+    dense[flat] = values
+    return onnx.numpy_helper.from_array(dense.reshape(tuple(sparse.dims)), name)

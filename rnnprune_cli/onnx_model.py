@@ -1,0 +1,317 @@
+"""An ONNX file as a :class:`LoadedModel`: reading, running, and writing pruned copies."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from rnnprune_cli.errors import NotEquivalentError, UsageError
+from rnnprune_cli.find import ROLES, Found, Site, exclusive, find, locate, readers
+from rnnprune_cli.graph import Folder, Walker, stored_tensor
+from rnnprune_cli.model import (
+    Array,
+    ExportOptions,
+    LoadedModel,
+    Masks,
+    ParameterCount,
+    Runner,
+    Saved,
+    Weight,
+)
+from rnnprune_cli.onnx_file import deserialize, external_files, read_proto
+from rnnprune_cli.onnx_inputs import describe_inputs, describe_outputs
+from rnnprune_cli.rewrite import layout, packed, sparse
+from rnnprune_cli.rewrite.build import Builder, value_names
+from rnnprune_cli.rewrite.place import Placer, lazy_tensor
+from rnnprune_cli.runtime import BIG_MODEL_BYTES, OnnxRunner
+
+Values = Mapping[str, Callable[[], Array]]
+
+MAX_INLINE_BYTES = 1_900 << 20
+"""A protobuf file holds less than 2 GiB; larger models keep their weights beside it."""
+PROVENANCE = "rnnprune"
+"""Key of ``metadata_props`` under which tool version and plan are written."""
+
+
+class OnnxModel(LoadedModel):
+    """An ONNX model on disk.
+
+    Args:
+        path: The file.
+        shown_path: What the user named, where that is not ``path`` (a converted SavedModel).
+
+    Raises:
+        RnnpruneError: If the file cannot be read or contradicts itself.
+    """
+
+    format = "onnx"
+
+    def __init__(self, path: Path, shown_path: Path | None = None) -> None:
+        self._file = path
+        self.path = shown_path or path
+        proto = read_proto(path)
+        self.files = (path, *external_files(proto, path))
+        self._external = len(self.files) > 1
+        model = deserialize(proto, path)
+        walker = Walker(model)
+        self._found: Found = find(walker)
+        self.layers = self._found.layers
+        self.skipped = self._found.skipped
+        self.producer = " ".join(
+            part for part in (model.producer_name, model.producer_version) if part
+        )
+        self.opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx"))
+        self._ir_version = model.ir_version
+        self._batch_first = layout.has_batch_first(model)
+        self._inputs = describe_inputs(walker)
+        self._outputs = describe_outputs(model)
+        self.warnings = tuple(self._file_warnings(proto))
+
+    @property
+    def _weights(self) -> dict[str, Weight]:
+        return {w.name: w for w in self._found.weights.values()}
+
+    @property
+    def _big(self) -> bool:
+        return sum(f.stat().st_size for f in self.files) > BIG_MODEL_BYTES
+
+    def _file_warnings(self, proto: onnx.ModelProto) -> Iterator[str]:
+        if proto.training_info:
+            yield "the model's training_info is not kept: onnx-ir does not carry it"
+        if self._batch_first:
+            yield (
+                "onnxruntime cannot run layout=1: verified and timed on the equivalent graph with"
+                " Transposes; the written file keeps layout=1"
+            )
+
+    def fresh(self) -> ir.Model:
+        """Reads the file again, as an onnx-ir model that the caller may change."""
+        return deserialize(read_proto(self._file), self._file)
+
+    # Running
+
+    def open(self, threads: int = 1) -> Runner:
+        """Opens the original file; see :meth:`LoadedModel.open`."""
+        return self._open(self._file, threads)
+
+    def open_masked(self, stored: Values, threads: int = 1) -> Runner:
+        """Opens the original graph with its recurrent inputs bound to other values.
+
+        Functions are inlined and every recurrent node gets initializers of its own; everything
+        else stays. :meth:`save` does neither.
+        """
+        model = self.fresh()
+        names = [located.name for located in locate(Walker(model))]
+        if model.functions:
+            common.InlinePass()(model)  # keeps the order of execution
+        model.ir_version = max(model.ir_version, 4)
+        build = Builder(model.graph, self.opset or 1, True, value_names(model))
+        made: dict[str, ir.Value] = {}
+        for name, located in zip(names, locate(Walker(model)), strict=True):
+            for site, role in zip(located.sites, ROLES.values(), strict=True):
+                weight = self._found.weights.get((name, role))
+                if weight is None or weight.name not in stored:
+                    continue
+                if weight.name not in made:
+                    tensor = lazy_tensor(weight, stored[weight.name])
+                    made[weight.name] = build.constant(f"masked/{weight.name}", tensor)
+                site.node.replace_input_with(site.index, made[weight.name])
+        return self._open_ir(model, threads)
+
+    def reopen(self, saved: Saved, threads: int = 1) -> Runner:
+        """Opens the written file; see :meth:`LoadedModel.reopen`."""
+        return self._open(saved.path, threads)
+
+    def _open(self, path: Path, threads: int) -> Runner:
+        if self._batch_first:
+            model = deserialize(read_proto(path), path)
+            layout.make_time_first(model)
+            return self._open_ir(model, threads)
+        return OnnxRunner(path, threads, self._inputs, self._outputs, self._big)
+
+    def _open_ir(self, model: ir.Model, threads: int) -> Runner:
+        layout.make_time_first(model)
+        if not self._external and not self._big:
+            return OnnxRunner(
+                ir.to_proto(model).SerializeToString(), threads, self._inputs, self._outputs
+            )
+        with tempfile.TemporaryDirectory(prefix="rnnprune-") as folder:
+            path = Path(folder) / "model.onnx"
+            ir.save(model, path, external_data="model.onnx.data")
+            return OnnxRunner(path, threads, self._inputs, self._outputs, self._big)
+
+    # Writing
+
+    def save(
+        self, masks: Masks, directory: Path, name: str, options: ExportOptions, note: str
+    ) -> Saved:
+        """Writes the pruned model; see :meth:`LoadedModel.save`.
+
+        1. Choose a form for each weight by its size.
+        2. Put the new weights where the old ones were, or, where a weight was computed or needs
+           unpacking, once at the start of the main graph or function.
+        3. Remove what only fed the old ones.
+        4. Add the provenance, serialize, turn chosen initializers sparse.
+        """
+        model = self.fresh()
+        walker = Walker(model)
+        placer = Placer(walker, readers(walker, self._found), options.values)
+        forms: dict[str, str] = {}
+        masked: dict[str, Callable[[], Array]] = {}
+        stored: dict[str, Callable[[], Array]] = {}
+        warnings: list[str] = []
+        for weight_name, mask in masks.items():
+            weight = self._weights[weight_name]
+            form, why_not = self._choose(weight, mask, options)
+            forms[weight_name] = form
+            warnings.extend([why_not] if why_not else [])
+            masked[weight_name] = _masked(weight, mask)
+            stored[weight_name] = (
+                _rounded(masked[weight_name], options.values)
+                if form == "packed"
+                else masked[weight_name]
+            )
+        sparse_names: set[str] = set()
+        for site, weight in self._sites(walker):
+            if weight.name in stored:
+                form = forms[weight.name]
+                kept = placer.place(site, weight, masked[weight.name], form)
+                if form == "sparse" and kept is not None:
+                    sparse_names.add(kept)
+        placer.clean()
+        model.metadata_props[PROVENANCE] = note
+        path = directory / name
+        files = self._write(model, path, sparse_names)
+        return Saved(path, files, "onnx", forms, stored, tuple(dict.fromkeys(warnings)))
+
+    def _sites(self, walker: Walker) -> Iterator[tuple[Site, Weight]]:
+        """Yields every place of a prunable weight in a copy of the model."""
+        for located in locate(walker):
+            for site, role in zip(located.sites, ROLES.values(), strict=True):
+                weight = self._found.weights.get((located.name, role))
+                if weight is not None:
+                    yield site, weight
+
+    def _choose(
+        self, weight: Weight, mask: Array, options: ExportOptions
+    ) -> tuple[str, str | None]:
+        """Returns the form in which a weight is stored, and why it is not the asked one."""
+        nonzero = int(np.count_nonzero(mask))
+        itemsize = weight.dtype.itemsize
+        if options.values == "float16":
+            itemsize = min(itemsize, 2)
+        elif options.values == "int8":
+            itemsize = 1
+        opset = self.opset or 1
+        sizes = {"dense": weight.size * weight.dtype.itemsize}
+        reasons = {}
+        if opset < packed.MIN_OPSET:
+            reasons["packed"] = (
+                f"opset {opset} has no operators to unpack with (needs {packed.MIN_OPSET})"
+            )
+        else:
+            sizes["packed"] = packed.smallest(weight.size, nonzero, itemsize, opset)[1]
+        if self._ir_version < sparse.MIN_IR_VERSION:
+            reasons["sparse"] = f"IR version {self._ir_version} has no sparse_initializer"
+        elif options.values == "float32":
+            sizes["sparse"] = sparse.nbytes(nonzero, weight.dtype.itemsize)
+        if options.export == "dense":
+            return "dense", None
+        wanted = list(sizes) if options.export == "auto" else ["dense", options.export]
+        best = min((f for f in wanted if f in sizes), key=lambda f: sizes[f])
+        if options.export in ("auto", best):
+            return best, None
+        reason = reasons.get(options.export, "it would be larger than the dense weight")
+        return best, f"'{weight.name}' is not stored {options.export}: {reason}"
+
+    def _write(self, model: ir.Model, path: Path, sparse_names: set[str]) -> tuple[Path, ...]:
+        size = sum(t.nbytes for v in _constants(model) if (t := stored_tensor(v)) is not None)
+        if self._external or size > MAX_INLINE_BYTES:
+            if sparse_names:
+                raise UsageError(
+                    "sparse initializers cannot be kept in external data",
+                    "use --export packed or --export dense for a model of this size",
+                )
+            data = f"{path.name}.data"
+            ir.save(model, path, external_data=data)
+            return tuple(p for p in (path, path.parent / data) if p.exists())
+        proto = ir.to_proto(model)
+        sparse.make_sparse(proto, sparse_names)
+        path.write_bytes(proto.SerializeToString(deterministic=True))
+        return (path,)
+
+    # Reading back and counting
+
+    def read_back(self, saved: Saved) -> Iterator[tuple[str, Array]]:
+        """Yields the weights of the written file; see :meth:`LoadedModel.read_back`.
+
+        Packed weights are unpacked by onnxruntime, operator by operator.
+        """
+        walker = Walker(deserialize(read_proto(saved.path), saved.path))
+        done: set[tuple[str, int]] = set()
+        for site, weight in self._sites(walker):
+            if weight.name not in saved.stored or (weight.name, id(site.value)) in done:
+                continue
+            done.add((weight.name, id(site.value)))
+            values = Folder(walker).fold(site.value, site.calls)
+            if isinstance(values, str):
+                raise NotEquivalentError(f"weight '{weight.name}' cannot be read back: {values}")
+            yield weight.name, values
+
+    def count(self) -> ParameterCount:
+        """Counts floating-point weights; see :meth:`LoadedModel.count`.
+
+        Constant expressions count as what they produce, equal copies of recurrent weights once.
+        """
+        model = self.fresh()
+        walker = Walker(model)
+        reading = readers(walker, self._found)
+        placer = Placer(walker, reading, "float32")
+        for site, weight in self._sites(walker):
+            if stored_tensor(site.value) is None:
+                placer.place(site, weight, weight.read, "dense")
+        placer.clean()
+        own = {
+            id(site.value)
+            for site, _ in self._sites(walker)
+            if exclusive(walker, site.value, reading)
+        }
+        parameters = nonzero = 0
+        for value in _constants(model):
+            tensor = stored_tensor(value)
+            if tensor is not None and id(value) not in own and tensor.dtype.is_floating_point():
+                parameters += tensor.size
+                nonzero += int(np.count_nonzero(tensor.numpy()))
+        for weight in self._weights.values():
+            parameters += weight.size
+            nonzero += int(np.count_nonzero(weight.read()))
+        return ParameterCount(parameters, nonzero)
+
+
+def _constants(model: ir.Model) -> Iterator[ir.Value]:
+    """Yields every initializer and output of a Constant, in all graphs and functions."""
+    for top in (model.graph, *(f.graph for f in model.functions.values())):
+        for graph in (top, *top.subgraphs()):
+            yield from graph.initializers.values()
+            for node in graph:
+                if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
+                    yield node.outputs[0]
+
+
+def _masked(weight: Weight, mask: Array) -> Callable[[], Array]:
+    zero = weight.dtype.type(0)  # multiplying would leave -0.0
+    return lambda: np.where(mask, weight.read(), zero)
+
+
+def _rounded(read: Callable[[], Array], values: str) -> Callable[[], Array]:
+    def rounded() -> Array:
+        weight = read()
+        return packed.dense(*packed.rounded(weight, values), weight.dtype)
+
+    return rounded

@@ -1,0 +1,579 @@
+"""What ``prune`` does, from the file to the report."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import functools
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rnnprune_cli import __version__, measure
+from rnnprune_cli.data import Dataset, load_dataset, made_up_feeds
+from rnnprune_cli.errors import RnnpruneError, UsageError, closest
+from rnnprune_cli.load import TENSORFLOW_SUFFIXES, load
+from rnnprune_cli.methods import method as find_method
+from rnnprune_cli.metrics import BATCH, check_metric, compare, evaluate
+from rnnprune_cli.model import (
+    BoolArray,
+    Claim,
+    ExportOptions,
+    Feed,
+    LayerRow,
+    LoadedModel,
+    Measurement,
+    ModelInfo,
+    OutputFidelity,
+    OutputInfo,
+    Plan,
+    Ratios,
+    RecurrentLayer,
+    Report,
+    Runner,
+    Saved,
+    Stage,
+    Weight,
+)
+from rnnprune_cli.select import check_scope, select
+from rnnprune_cli.verify import (
+    CONVERSION_TOLERANCE,
+    require,
+    run_all,
+    verify_same,
+    verify_weights,
+)
+
+Progress = Callable[[str], None]
+
+EXPORTS = {
+    "auto": "for each weight, the smallest form that is exact",
+    "dense": "zeros stay where the weights were",
+    "sparse": "sparse_initializer, where that is smaller",
+    "packed": "nonzero values and a bitmap or gaps, unpacked by standard operators at load",
+}
+"""Name → summary of every export form."""
+VALUES = ("float32", "float16", "int8")
+GRANULARITIES = ("weight",)
+
+_FIDELITY_SAMPLES = 256
+_VERIFIED_SAMPLES = 4
+
+
+@dataclass(frozen=True)
+class PruneOptions:
+    """Everything that ``prune`` can be told; see the command's help."""
+
+    model: Path
+    output: Path | None
+    stage: Stage
+    seed: int = 0
+    data: Path | None = None
+    metric: str = "auto"
+    export: ExportOptions = dataclasses.field(default_factory=ExportOptions)
+    signature: str | None = None
+    threads: int = 1
+    force: bool = False
+    latency_seconds: float = 1.0
+
+
+def prune(options: PruneOptions, arguments: Mapping[str, Any], progress: Progress) -> Report:
+    """Prunes one model.
+
+    1. Check the options, then load the model and the data.
+    2. Score and select.
+    3. Write into a temporary folder beside the output.
+    4. Verify what was written there against the masked model.
+    5. Measure it against the original.
+    6. Move it to its place.
+
+    Args:
+        options: What to do.
+        arguments: The options as the user gave them, for the report.
+        progress: Called with a short text at the beginning of each step.
+
+    Raises:
+        RnnpruneError: If anything prevents a verified result; nothing is written then.
+    """
+    _check_options(options)
+    output, output_format = output_path(options.model, options.output)
+    _check_output(options, output)
+    progress(f"reading {options.model}")
+    source = load(options.model, options.signature, options.threads)
+    with contextlib.ExitStack() as stack:
+        model = source
+        if output_format == "onnx" and source.format != "onnx":
+            progress("converting to ONNX")
+            model = _converted(source, stack)
+        require_layers(model)
+        masks, blocked = make_masks(model.layers, options.stage, options.seed, progress)
+        plan = Plan((options.stage,), options.seed)
+        folder = stack.enter_context(_folder_beside(output))
+        progress(f"writing {output.name}")
+        saved = model.save(masks, folder, output.name, options.export, _note(plan))
+        original = source.open(options.threads)
+        data = None
+        if options.data is not None:
+            progress(f"reading {options.data}")
+            data = load_dataset(options.data, original.inputs)
+        progress("verifying")
+        feeds = _feeds(original, data, options.seed)
+        claims = _verify(source, model, saved, feeds, original, options.threads)
+        require(claims)
+        run = _Run(options, source, model, saved, original, data, feeds)
+        before, after, ratios, warnings = _measured(run, progress)
+        report = Report(
+            arguments=dict(arguments),
+            model=ModelInfo(
+                str(source.path),
+                source.format,
+                measure.sha256(source.files),
+                source.producer,
+                source.opset,
+            ),
+            output=OutputInfo(str(output), saved.format, measure.sha256(saved.files)),
+            plan=plan,
+            layers=_layer_rows(model.layers, saved, blocked),
+            skipped=model.skipped,
+            before=before,
+            after=after,
+            ratios=ratios,
+            fidelity=_fidelity(run, progress),
+            verification=tuple(claims),
+            warnings=(*source.warnings, *saved.warnings, *warnings),
+            environment=measure.environment(options.threads),
+        )
+        _move(saved, output, folder)
+    return report
+
+
+# Options and paths
+
+
+def _check_options(options: PruneOptions) -> None:
+    stage = options.stage
+    found = find_method(stage.method)
+    check_scope(stage.scope)
+    check_metric(options.metric)
+    if stage.granularity not in GRANULARITIES:
+        raise UsageError(
+            f"there is no granularity '{stage.granularity}'",
+            closest(stage.granularity, GRANULARITIES),
+        )
+    if stage.granularity not in found.granularities:
+        raise UsageError(
+            f"method '{stage.method}' cannot score granularity '{stage.granularity}'",
+            f"it scores: {', '.join(found.granularities)}",
+        )
+    if not 0 <= stage.sparsity < 1:
+        raise UsageError(
+            f"sparsity {stage.sparsity:g} is not between 0 and 1",
+            "it is the share of weights to remove, such as 0.7",
+        )
+    if options.export.export not in EXPORTS:
+        raise UsageError(
+            f"there is no export form '{options.export.export}'",
+            closest(options.export.export, EXPORTS),
+        )
+    if options.export.values not in VALUES:
+        raise UsageError(
+            f"values cannot be stored as '{options.export.values}'",
+            closest(options.export.values, VALUES),
+        )
+    if options.export.values != "float32" and options.export.export not in ("auto", "packed"):
+        raise UsageError(
+            f"--values {options.export.values} is for packed weights",
+            "use it with --export packed or --export auto",
+        )
+    if options.threads < 1:
+        raise UsageError(f"--threads {options.threads} is less than 1")
+
+
+def output_path(model: Path, output: Path | None) -> tuple[Path, str]:
+    """Returns where the result goes and its format, from the two paths alone.
+
+    Raises:
+        UsageError: If the format cannot be written from this kind of model.
+    """
+    from_tensorflow = model.is_dir() or model.suffix.lower() in TENSORFLOW_SUFFIXES
+    own = "savedmodel" if model.is_dir() else "keras" if from_tensorflow else "onnx"
+    if output is None:
+        if model.is_dir():
+            return model.resolve().with_name(f"{model.resolve().name}.pruned"), own
+        return model.with_name(f"{model.stem}.pruned{model.suffix}"), own
+    suffix = output.suffix.lower()
+    if suffix == ".onnx":
+        return output, "onnx"
+    if own == "onnx":
+        raise UsageError(
+            f"an ONNX model cannot be written as '{output}'", "the output must end in .onnx"
+        )
+    if own == "keras" and suffix != model.suffix.lower():
+        raise UsageError(
+            f"a {model.suffix} model cannot be written as '{output}'",
+            f"the output must end in {model.suffix} or .onnx",
+        )
+    if own == "savedmodel" and suffix in TENSORFLOW_SUFFIXES:
+        raise UsageError(
+            f"a SavedModel cannot be written as '{output}'",
+            "the output must be a directory, or end in .onnx",
+        )
+    return output, own
+
+
+def _check_output(options: PruneOptions, output: Path) -> None:
+    if output.resolve() == options.model.resolve():
+        raise UsageError(
+            f"the output {output} is the input", "give another path with -o; the input is kept"
+        )
+    if options.model.is_dir() and output.resolve().is_relative_to(options.model.resolve()):
+        raise UsageError(
+            f"the output {output} lies inside the input", "give a path outside it with -o"
+        )
+    if not output.parent.is_dir():
+        raise UsageError(
+            f"the folder of {output} does not exist", f"make it first: mkdir -p {output.parent}"
+        )
+    for path in (output, _data_file(output)):
+        if path.exists() and not options.force:
+            raise UsageError(f"{path} exists already", "overwrite it with --force, or give -o")
+    if output.is_dir() and any(output.iterdir()) and not (output / "saved_model.pb").is_file():
+        raise UsageError(
+            f"{output} is a directory that holds no SavedModel",
+            "it is not overwritten, not even with --force; give another path with -o",
+        )
+
+
+def _data_file(output: Path) -> Path:
+    return output.with_name(f"{output.name}.data")
+
+
+@contextlib.contextmanager
+def _folder_beside(output: Path) -> Iterator[Path]:
+    """A temporary folder on the output's file system, so that results can be renamed."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix=".rnnprune-", dir=output.parent)
+    except OSError as error:
+        raise UsageError(
+            f"cannot write in {output.parent}: {error.strerror}", "give another path with -o"
+        ) from error
+    with folder as name:
+        try:
+            yield Path(name)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise RnnpruneError(
+                    f"no space left in {output.parent}", "free some, or give another path with -o"
+                ) from error
+            raise
+
+
+def _move(saved: Saved, output: Path, folder: Path) -> None:
+    """Moves what was written to its place, the model file last."""
+    if output.is_dir():
+        output.rename(folder / "replaced")
+    for file in reversed([saved.path] if saved.path.is_dir() else saved.files):
+        file.replace(output.with_name(file.name))
+    if saved.format == "onnx" and len(saved.files) == 1:
+        _data_file(output).unlink(missing_ok=True)  # of the model that --force replaced
+
+
+def _note(plan: Plan) -> str:
+    return json.dumps({"version": __version__, "plan": dataclasses.asdict(plan)}, sort_keys=True)
+
+
+def _converted(source: LoadedModel, stack: contextlib.ExitStack) -> LoadedModel:
+    """Converts a TensorFlow model to an ONNX file that lives as long as the stack."""
+    from rnnprune_cli.onnx_model import OnnxModel
+    from rnnprune_cli.tensorflow_model import TensorFlowModel, to_onnx
+
+    assert isinstance(source, TensorFlowModel)
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rnnprune-")))
+    path = folder / "model.onnx"
+    path.write_bytes(to_onnx(source).SerializeToString(deterministic=True))
+    return OnnxModel(path, shown_path=source.path)
+
+
+# Selecting
+
+
+def require_layers(model: LoadedModel) -> None:
+    """Raises RnnpruneError if nothing in a model can be pruned, with the first reason."""
+    if model.layers:
+        return
+    if model.skipped:
+        first = model.skipped[0]
+        more = f" ({len(model.skipped) - 1} more like it)" if len(model.skipped) > 1 else ""
+        raise RnnpruneError(
+            f"nothing in {model.path} can be pruned: '{first.name}': {first.reason}{more}",
+            first.hint,
+        )
+    raise RnnpruneError(
+        f"{model.path} has no recurrent layer: no LSTM, GRU or RNN was found",
+        "rnnprune prunes recurrent layers only; 'rnnprune inspect' lists what it sees",
+    )
+
+
+def chosen_layers(layers: Sequence[RecurrentLayer], stage: Stage) -> tuple[RecurrentLayer, ...]:
+    """Returns the layers that ``--layers`` and ``--exclude`` select.
+
+    Raises:
+        UsageError: If a pattern matches no layer, or none is left.
+    """
+    names = [layer.name for layer in layers]
+    for pattern in (*stage.layers, *stage.exclude):
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise UsageError(f"no layer matches '{pattern}'", closest(pattern, names))
+    chosen = tuple(
+        layer
+        for layer in layers
+        if (not stage.layers or any(fnmatchcase(layer.name, p) for p in stage.layers))
+        and not any(fnmatchcase(layer.name, p) for p in stage.exclude)
+    )
+    if not chosen:
+        raise UsageError("--exclude leaves no layer to prune", f"layers: {', '.join(names)}")
+    return chosen
+
+
+def make_masks(
+    layers: Sequence[RecurrentLayer], stage: Stage, seed: int, progress: Progress
+) -> tuple[dict[str, BoolArray], dict[str, str]]:
+    """Scores and selects.
+
+    A weight that a layer outside the selection also uses is left alone.
+
+    Args:
+        layers: All prunable layers of the model.
+        stage: What to do.
+        seed: Seed of random scores; each weight has a stream of its own.
+        progress: Called with what is being scored.
+
+    Returns:
+        Weight name → mask, and layer name → why it was not pruned.
+
+    Raises:
+        RnnpruneError: If no weight would be removed although some were to be.
+    """
+    chosen = set(chosen_layers(layers, stage))
+    blocked = {layer.name: "not selected" for layer in layers if layer not in chosen}
+    protected: dict[str, str] = {}
+    for layer in layers:
+        if layer not in chosen:
+            protected.update({w.name: layer.name for w in layer.weights})
+    weights: dict[str, tuple[int, Weight]] = {}
+    for number, weight in enumerate(_weights(layers)):
+        users = [layer for layer in chosen if weight in layer.weights]
+        if users and weight.name not in protected:
+            weights[weight.name] = (number, weight)
+        for layer in users:
+            if weight.name in protected:
+                blocked[layer.name] = (
+                    f"shares weights with '{protected[weight.name]}', not selected"
+                )
+    score = find_method(stage.method).score
+    masks: dict[str, BoolArray] = {}
+    together = (
+        [list(weights.values())] if stage.scope == "global" else [[v] for v in weights.values()]
+    )
+    for group in together:
+        progress(f"scoring {group[0][1].name}" if len(group) == 1 else "scoring all layers")
+        scores = {w.name: score(w, np.random.default_rng([seed, n])) for n, w in group}
+        masks.update(select(scores, [w for _, w in group], stage.scope, stage.sparsity))
+    if stage.sparsity > 0 and all(mask.all() for mask in masks.values()):
+        raise RnnpruneError(
+            f"sparsity {stage.sparsity:g} removes not a single weight: the layers are too small, or"
+            " share their weights with layers that are not selected",
+            "ask for a higher --sparsity, or select other --layers",
+        )
+    return masks, blocked
+
+
+def _layer_rows(
+    layers: Sequence[RecurrentLayer], saved: Saved, blocked: Mapping[str, str]
+) -> tuple[LayerRow, ...]:
+    nonzero = {w.name: _nonzero(w, saved) for w in _weights(layers)}
+    rows = []
+    for layer in layers:
+        left = sum(nonzero[w.name] for w in layer.weights)
+        size = layer.macs_per_step
+        rows.append(
+            LayerRow(
+                name=layer.name,
+                op=layer.op,
+                direction=layer.direction,
+                hidden_before=layer.hidden_size,
+                hidden_after=layer.hidden_size,
+                weights_before=size,
+                weights_after=size,
+                nonzero_after=left,
+                sparsity=1 - left / size,
+                blocked=blocked.get(layer.name),
+            )
+        )
+    return tuple(rows)
+
+
+def _weights(layers: Sequence[RecurrentLayer]) -> tuple[Weight, ...]:
+    """The distinct weights of layers, in order."""
+    return tuple(dict.fromkeys(w for layer in layers for w in layer.weights))
+
+
+def _nonzero(weight: Weight, saved: Saved | None = None) -> int:
+    """Counts what is not zero in a weight, or in what was stored for it."""
+    read = weight.read if saved is None else saved.stored.get(weight.name, weight.read)
+    return int(np.count_nonzero(read()))
+
+
+# Verifying and measuring
+
+
+def _feeds(original: Runner, data: Dataset | None, seed: int) -> list[Feed]:
+    if data is None:
+        return made_up_feeds(original, seed)
+    bounds = list(data.batches(_VERIFIED_SAMPLES))[: 1 if not data.stacked else _VERIFIED_SAMPLES]
+    return [data.feed(start, stop) for start, stop in bounds]
+
+
+def _verify(
+    source: LoadedModel,
+    model: LoadedModel,
+    saved: Saved,
+    feeds: Sequence[Feed],
+    original: Runner,
+    threads: int,
+) -> list[Claim]:
+    claims = [verify_weights(model, saved)]
+    names = [o.name for o in original.outputs]
+    if model is not source:
+        claims.append(
+            verify_same(
+                "the converted ONNX model computes what the original computes",
+                run_all(original, feeds, names),
+                run_all(model.open(threads), feeds, names),
+                CONVERSION_TOLERANCE,
+            )
+        )
+    claims += model.verify_untouched(saved)
+    if model.format == "onnx":
+        unpruned = {weight.name: weight.read for weight in _weights(model.layers)}
+        claims.append(
+            verify_same(
+                "with nothing removed, the weights that were found give the original's outputs",
+                run_all(model.open(threads), feeds, names),
+                run_all(model.open_masked(unpruned, threads), feeds, names),
+            )
+        )
+    claims.append(
+        verify_same(
+            "the written model computes what the masked model computes",
+            run_all(model.open_masked(saved.stored, threads), feeds, names),
+            run_all(model.reopen(saved, threads), feeds, names),
+        )
+    )
+    return claims
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """What a run holds when everything is written and verified."""
+
+    options: PruneOptions
+    source: LoadedModel
+    model: LoadedModel
+    saved: Saved
+    original: Runner
+    data: Dataset | None
+    feeds: Sequence[Feed]
+
+    @functools.cached_property
+    def pruned(self) -> Runner:
+        """The written model."""
+        return self.model.reopen(self.saved, self.options.threads)
+
+
+def _fidelity(run: _Run, progress: Progress) -> tuple[OutputFidelity, ...]:
+    progress("comparing outputs")
+    feeds = run.feeds
+    if run.data is not None:
+        bounds = [b for b in run.data.batches(BATCH) if b[0] < _FIDELITY_SAMPLES]
+        feeds = [run.data.feed(start, stop) for start, stop in bounds]
+    names = [o.name for o in run.original.outputs]
+    return compare(
+        run_all(run.original, feeds, names), run_all(run.pruned, feeds, names), run.original.outputs
+    )
+
+
+def _measured(
+    run: _Run, progress: Progress
+) -> tuple[Measurement, Measurement, Ratios, tuple[str, ...]]:
+    """Measures the original and the written model, side by side."""
+    options, data = run.options, run.data
+    progress("timing")
+    feed = run.feeds[0] if data is None else data.feed(0, 1)
+    latency_before, latency_after, ratio = measure.interleaved_latency(
+        run.original, run.pruned, feed, options.latency_seconds, options.seed
+    )
+    metric_before = metric_after = None
+    if data is not None and data.targets:
+        progress("evaluating the metric")
+        metric_before = evaluate(run.original, data, options.metric)
+        metric_after = evaluate(run.pruned, data, options.metric)
+    progress("weighing")
+    count = run.source.count()
+    weights = _weights(run.model.layers)
+    recurrent = sum(w.size for w in weights)
+    nonzero_before = sum(_nonzero(w) for w in weights)
+    nonzero_after = sum(_nonzero(w, run.saved) for w in weights)
+    gzip_before, estimated_before = measure.gzip_bytes(run.source.files)
+    gzip_after, estimated_after = measure.gzip_bytes(run.saved.files)
+    macs = sum(layer.macs_per_step for layer in run.model.layers)
+    before = Measurement(
+        parameters=count.parameters,
+        nonzero=count.nonzero,
+        recurrent_parameters=recurrent,
+        recurrent_nonzero=nonzero_before,
+        bytes=measure.total_bytes(run.source.files),
+        gzip_bytes=gzip_before,
+        macs_per_step=macs,
+        latency_ms=latency_before,
+        metric=metric_before,
+    )
+    after = dataclasses.replace(
+        before,
+        nonzero=count.nonzero - nonzero_before + nonzero_after,
+        recurrent_nonzero=nonzero_after,
+        bytes=measure.total_bytes(run.saved.files),
+        gzip_bytes=gzip_after,
+        latency_ms=latency_after,
+        metric=metric_after,
+    )
+    ratios = Ratios(
+        parameters=after.parameters / max(before.parameters, 1),
+        nonzero=after.nonzero / max(before.nonzero, 1),
+        bytes=after.bytes / before.bytes,
+        gzip_bytes=after.gzip_bytes / before.gzip_bytes,
+        latency=ratio,
+    )
+    return before, after, ratios, tuple(_advice(run, ratios, estimated_before or estimated_after))
+
+
+def _advice(run: _Run, ratios: Ratios, gzip_estimated: bool) -> Iterator[str]:
+    if run.options.stage.sparsity == 0:
+        yield "sparsity 0 removes nothing; give --sparsity 0.7 to remove 70 % of the weights"
+    if run.data is None:
+        yield "inputs were made up: give --data for outputs and a metric that mean something"
+    elif not run.data.targets:
+        yield "the data has no labels, so no metric was measured: add an array 'labels'"
+    if run.options.stage.sparsity > 0 and run.options.export.export == "dense":
+        yield "zeros are stored like any weight: --export packed makes the file smaller"
+    if run.source.format == run.model.format and run.options.stage.granularity == "weight":
+        yield "runtimes multiply zeros too: removing single weights does not change latency"
+    if gzip_estimated:
+        yield "the gzipped sizes are estimated from a sample of the files"

@@ -1,0 +1,1 @@
+"""Reports: pure functions of :class:`rnnprune_cli.model.Report`."""

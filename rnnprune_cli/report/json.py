@@ -1,0 +1,105 @@
+"""The report as JSON, ``schema_version: 1``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rnnprune_cli import __version__
+from rnnprune_cli.errors import RnnpruneError
+from rnnprune_cli.methods import Method
+from rnnprune_cli.model import LoadedModel, Report
+
+SCHEMA_VERSION = 1
+
+
+def header() -> dict[str, Any]:
+    """Returns what every document begins with."""
+    return {"schema_version": SCHEMA_VERSION, "tool": {"name": "rnnprune", "version": __version__}}
+
+
+def report_document(report: Report) -> dict[str, Any]:
+    """Returns the document of a run that came to its end."""
+    fields = dataclasses.asdict(report)
+    fields["fidelity"] = {"outputs": fields["fidelity"]}
+    arguments = fields.pop("arguments")
+    return {**header(), "arguments": arguments, "status": "ok", **fields}
+
+
+def error_document(error: RnnpruneError, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the document of a run that failed."""
+    return {
+        **header(),
+        "arguments": dict(arguments),
+        "status": "error",
+        "error": {"message": error.message, "hint": error.hint, "exit_code": int(error.code)},
+    }
+
+
+def inspect_document(model: LoadedModel, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what ``inspect`` found."""
+    return {
+        **header(),
+        "arguments": dict(arguments),
+        "status": "ok",
+        "model": {
+            "path": str(model.path),
+            "format": model.format,
+            "producer": model.producer,
+            "opset": model.opset,
+        },
+        "layers": [
+            {
+                "name": layer.name,
+                "op": layer.op,
+                "direction": layer.direction,
+                "input": layer.input_size,
+                "hidden": layer.hidden_size,
+                "weights": layer.macs_per_step,
+                "shared": [w.name for w in layer.weights if not w.name.startswith(layer.name)],
+            }
+            for layer in model.layers
+        ],
+        "skipped": [dataclasses.asdict(s) for s in model.skipped],
+        "warnings": list(model.warnings),
+    }
+
+
+def methods_document(
+    methods: Iterable[Method], scopes: Mapping[str, str], exports: Mapping[str, str]
+) -> dict[str, Any]:
+    """Returns every method, scope and export form."""
+    return {
+        **header(),
+        "methods": [
+            {
+                "name": m.name,
+                "summary": m.summary,
+                "paper": m.paper,
+                "granularities": list(m.granularities),
+            }
+            for m in methods
+        ],
+        "scopes": dict(scopes),
+        "exports": dict(exports),
+    }
+
+
+def render(document: Mapping[str, Any]) -> str:
+    """Returns a document as text; figures that JSON cannot hold become null."""
+    return json.dumps(_plain(document), indent=2, ensure_ascii=False)
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401  any JSON value
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, str | int | float | bool) or value is None:
+        return value
+    return str(value)

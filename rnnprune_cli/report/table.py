@@ -1,0 +1,217 @@
+"""The report as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from rnnprune_cli.methods import Method
+from rnnprune_cli.model import (
+    LoadedModel,
+    Measurement,
+    RecurrentLayer,
+    Report,
+    Skipped,
+)
+
+
+def report_table(report: Report) -> RenderableType:
+    """Returns before/after figures, layers, fidelity, verification and warnings."""
+    parts: list[RenderableType] = [
+        Text.assemble(
+            (report.model.path, "bold"), " → ", (report.output.path, "bold"), "   ", _plan(report)
+        ),
+        _figures(report),
+        _layers(report),
+        _fidelity(report),
+    ]
+    if report.skipped:
+        parts.append(skipped_table(report.skipped))
+    parts.append(
+        Text("\n").join(
+            Text.assemble(
+                ("✓ " if c.passed else "✗ ", "green" if c.passed else "red"),
+                f"{c.claim} (largest difference {c.max_abs:.2g})",
+            )
+            for c in report.verification
+        )
+    )
+    parts.extend(Text.assemble(("! ", "yellow"), w) for w in report.warnings)
+    return Group(*(Padding(p, (0, 0, 1, 0)) for p in parts[:-1]), parts[-1])
+
+
+def _plan(report: Report) -> str:
+    return "; ".join(
+        f"{s.method}, {s.granularity} by {s.scope}, sparsity {s.sparsity:g}"
+        for s in report.plan.stages
+    )
+
+
+def _figures(report: Report) -> Table:
+    table = _table("", "before", "after", "after ÷ before", right=(1, 2, 3))
+    before, after, ratios = report.before, report.after, report.ratios
+    table.add_row("parameters", _count(before.parameters), _count(after.parameters), "")
+    table.add_row(
+        "  not zero", _count(before.nonzero), _count(after.nonzero), f"{ratios.nonzero:.3f}"
+    )
+    table.add_row(
+        "recurrent weights not zero",
+        _count(before.recurrent_nonzero),
+        _count(after.recurrent_nonzero),
+        f"{after.recurrent_nonzero / max(before.recurrent_nonzero, 1):.3f}",
+    )
+    table.add_row("size", _size(before.bytes), _size(after.bytes), f"{ratios.bytes:.3f}")
+    table.add_row(
+        "  gzipped", _size(before.gzip_bytes), _size(after.gzip_bytes), f"{ratios.gzip_bytes:.3f}"
+    )
+    table.add_row("MACs per step", _count(before.macs_per_step), _count(after.macs_per_step), "")
+    if before.latency_ms and after.latency_ms and ratios.latency:
+        r = ratios.latency
+        table.add_row(
+            "latency (median)",
+            _milliseconds(before.latency_ms.median),
+            _milliseconds(after.latency_ms.median),
+            f"{r.median:.3f}  [{r.low:.3f}, {r.high:.3f}]",
+        )
+    if before.metric and after.metric:
+        arrow = "↑" if before.metric.higher_is_better else "↓"
+        table.add_row(
+            f"{before.metric.name} {arrow}",
+            _metric(before),
+            _metric(after),
+            f"{after.metric.value - before.metric.value:+.4f}",
+        )
+    return table
+
+
+def _layers(report: Report) -> Table:
+    table = _table(
+        "layer", "op", "hidden", "weights", "not zero", "sparsity", "", right=(2, 3, 4, 5)
+    )
+    for row in report.layers:
+        table.add_row(
+            row.name,
+            row.op if row.direction == "forward" else f"{row.op} {row.direction}",
+            str(row.hidden_after)
+            if row.hidden_after == row.hidden_before
+            else f"{row.hidden_before} → {row.hidden_after}",
+            _count(row.weights_after),
+            _count(row.nonzero_after),
+            f"{row.sparsity:.4f}",
+            row.blocked or "",
+        )
+    return table
+
+
+def _fidelity(report: Report) -> Table:
+    table = _table(
+        "output, pruned against original",
+        "largest",
+        "mean difference",
+        "cosine",
+        "agreement",
+        right=(1, 2, 3, 4),
+    )
+    for row in report.fidelity:
+        table.add_row(
+            row.name,
+            f"{row.max_abs:.3g}",
+            f"{row.mean_abs:.3g}",
+            f"{row.cosine:.4f}",
+            "" if row.agreement is None else f"{row.agreement:.4f}",
+        )
+    return table
+
+
+def skipped_table(skipped: Iterable[Skipped]) -> Table:
+    """Returns what is recurrent but cannot be pruned."""
+    table = _table("skipped", "why", "what would help")
+    for row in skipped:
+        table.add_row(row.name, row.reason, row.hint)
+    return table
+
+
+def inspect_table(model: LoadedModel) -> RenderableType:
+    """Returns the recurrent layers of a model, and what blocks the others."""
+    head = " · ".join(
+        part
+        for part in (model.format, f"opset {model.opset}" if model.opset else "", model.producer)
+        if part
+    )
+    parts: list[RenderableType] = [Text.assemble((str(model.path), "bold"), f"   {head}")]
+    table = _table(
+        "layer", "op", "inputs", "hidden", "weights", "zeros", "shares", right=(2, 3, 4, 5)
+    )
+    owners: dict[str, str] = {}
+    for layer in model.layers:
+        shared = sorted({owners[w.name] for w in layer.weights if w.name in owners})
+        for weight in layer.weights:
+            owners.setdefault(weight.name, layer.name)
+        table.add_row(
+            layer.name,
+            layer.op if layer.direction == "forward" else f"{layer.op} {layer.direction}",
+            str(layer.input_size),
+            str(layer.hidden_size),
+            _count(layer.macs_per_step),
+            f"{zeros(layer):.3f}",
+            f"weights of {', '.join(shared)}" if shared else "",
+        )
+    if model.layers:
+        parts.append(table)
+    if model.skipped:
+        parts.append(skipped_table(model.skipped))
+    parts.extend(Text.assemble(("! ", "yellow"), w) for w in model.warnings)
+    return Group(*(Padding(p, (0, 0, 1, 0)) for p in parts[:-1]), parts[-1])
+
+
+def zeros(layer: RecurrentLayer) -> float:
+    """Returns the share of a layer's weights that is zero."""
+    nonzero = sum(int((w.read() != 0).sum()) for w in layer.weights)
+    return 1 - nonzero / layer.macs_per_step
+
+
+def methods_table(
+    methods: Iterable[Method], scopes: Iterable[tuple[str, str]], exports: Iterable[tuple[str, str]]
+) -> RenderableType:
+    """Returns every method, scope and export form."""
+    criteria = _table("--method", "--granularity", "what it scores", "paper")
+    for m in methods:
+        criteria.add_row(m.name, ", ".join(m.granularities), m.summary, m.paper)
+    competition = _table("--scope", "within what the scores compete")
+    for name, summary in scopes:
+        competition.add_row(name, summary)
+    forms = _table("--export", "how pruned weights are stored")
+    for name, summary in exports:
+        forms.add_row(name, summary)
+    return Group(criteria, Text(), competition, Text(), forms)
+
+
+def _table(*columns: str, right: tuple[int, ...] = ()) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for k, column in enumerate(columns):
+        table.add_column(column, justify="right" if k in right else "left", overflow="fold")
+    return table
+
+
+def _count(number: int) -> str:
+    return f"{number:,}"
+
+
+def _size(number: int) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if number < 1024:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024  # type: ignore[assignment]
+    return f"{number:.2f} GiB"
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value * 1000:.1f} µs" if value < 1 else f"{value:.3f} ms"
+
+
+def _metric(measurement: Measurement) -> str:
+    return f"{measurement.metric.value:.4f}" if measurement.metric else ""

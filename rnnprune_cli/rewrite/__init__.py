@@ -1,0 +1,1 @@
+"""Masks → ONNX graph: how pruned weights are written into a model."""

@@ -1,0 +1,92 @@
+"""Adding constants and nodes to the front of a graph or function body."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from rnnprune_cli.model import Array
+
+
+class Builder:
+    """Adds values at the start of a graph, where every other node can read them.
+
+    Args:
+        graph: A main graph or the graph of a function.
+        opset: Version of the default operator set in there.
+        initializers: Whether constants may be initializers. Function bodies have none, and before
+            IR version 4 they would also have to be graph inputs; Constant nodes do there.
+        taken: Names in use anywhere in the model; new ones are added.
+    """
+
+    def __init__(self, graph: ir.Graph, opset: int, initializers: bool, taken: set[str]) -> None:
+        self.opset = opset
+        self._graph = graph
+        self._initializers = initializers
+        self._taken = taken
+        self._first = next(iter(graph))
+        self._shared: dict[str, ir.Value] = {}
+
+    def constant(
+        self, name: str, tensor: Array | ir.TensorProtocol, own_name: bool = False
+    ) -> ir.Value:
+        """Adds a constant.
+
+        Args:
+            name: Wanted name; made unique unless ``own_name``.
+            tensor: Its value.
+            own_name: The name was just freed and can be used as it is.
+        """
+        if isinstance(tensor, np.ndarray):
+            tensor = ir.tensor(tensor)
+        name = name if own_name else self.unique(name)
+        if not self._initializers:
+            return self.node("Constant", [], output=name, value=tensor)
+        value = ir.Value(
+            name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype)
+        )
+        value.const_value = tensor
+        tensor.name = name
+        self._graph.register_initializer(value)
+        return value
+
+    def shared(self, name: str, array: Array) -> ir.Value:
+        """Adds a small constant once per graph."""
+        if name not in self._shared:
+            self._shared[name] = self.constant(name, array)
+        return self._shared[name]
+
+    def node(
+        self,
+        op_type: str,
+        inputs: list[ir.Value],
+        output: str | None = None,
+        **attributes: int | list[int] | ir.TensorProtocol,
+    ) -> ir.Value:
+        """Adds a node with one output, before all nodes that were there."""
+        name = output if output is not None else self.unique(f"rnnprune/{op_type}")
+        node = ir.node(op_type, inputs, attributes=attributes, name=self.unique(f"{name}/node"))
+        node.outputs[0].name = name
+        self._graph.insert_before(self._first, node)
+        return node.outputs[0]
+
+    def unique(self, name: str) -> str:
+        """Returns a name that nothing else in the model has, and reserves it."""
+        candidate, number = name, 1
+        while candidate in self._taken:
+            number += 1
+            candidate = f"{name}_{number}"
+        self._taken.add(candidate)
+        return candidate
+
+
+def value_names(model: ir.Model) -> set[str]:
+    """Returns every value and node name in a model, in all graphs and functions."""
+    names: set[str] = set()
+    for top in (model.graph, *(f.graph for f in model.functions.values())):
+        for graph in (top, *top.subgraphs()):
+            names.update(v.name or "" for v in (*graph.inputs, *graph.initializers.values()))
+            for node in graph:
+                names.add(node.name or "")
+                names.update(v.name or "" for v in node.outputs)
+    return names

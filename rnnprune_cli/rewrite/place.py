@@ -1,0 +1,138 @@
+"""Putting new weights where recurrent operators read them, in an onnx-ir model.
+
+Where a weight is an initializer or a Constant of its own, its value is replaced and keeps its name.
+Where it was computed, is shared with something that is not pruned, or needs unpacking, the new one
+is made once at the start of the main graph (or function body) and the readers are pointed to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+
+from rnnprune_cli.find import Site, exclusive
+from rnnprune_cli.graph import Walker, stored_tensor
+from rnnprune_cli.model import Array, Weight
+from rnnprune_cli.rewrite import packed
+from rnnprune_cli.rewrite.build import Builder, value_names
+
+
+def lazy_tensor(weight: Weight, read: Callable[[], Array]) -> ir.LazyTensor:
+    """Returns a tensor that is computed when it is written, so that few are in memory at once."""
+    return ir.LazyTensor(
+        lambda: ir.tensor(np.ascontiguousarray(read())),
+        dtype=ir.DataType.from_numpy(weight.dtype),
+        shape=ir.Shape(weight.shape),
+    )
+
+
+class Placer:
+    """Replaces weights in one model.
+
+    Args:
+        walker: The model, which is changed.
+        readers: (id of node, input index) of every input whose weight may be replaced.
+        values: Precision of packed values.
+    """
+
+    def __init__(self, walker: Walker, readers: frozenset[tuple[int, int]], values: str) -> None:
+        self._walker = walker
+        self._readers = readers
+        self._values = values
+        self._taken = value_names(walker.model)
+        self._builders: dict[int, Builder] = {}
+        self._made: dict[tuple[str, int], ir.Value] = {}
+        self._placed: set[int] = set()
+        self._replaced: list[ir.Value] = []
+        self._renames: list[tuple[ir.Value, str]] = []
+
+    def place(self, site: Site, weight: Weight, read: Callable[[], Array], form: str) -> str | None:
+        """Gives one reader its new weight.
+
+        Args:
+            site: Where the weight is read and stored.
+            weight: The weight.
+            read: Returns the new values.
+            form: ``dense``, ``sparse`` or ``packed``.
+
+        Returns:
+            The name of the initializer that holds a dense or sparse weight; None where there is no
+            initializer (a function body, a packed weight).
+        """
+        old = site.value
+        if id(old) in self._placed:
+            return old.name
+        if old.is_graph_input() and self._walker.model.ir_version >= 4:
+            form = "dense"  # callers may override it, so it has to stay an initializer
+        own = stored_tensor(old) is not None and exclusive(self._walker, old, self._readers)
+        if own and (form == "dense" or (form == "sparse" and old.is_initializer())):
+            self._placed.add(id(old))
+            return self._set(old, lazy_tensor(weight, read))
+        root = self._walker.root(old.graph if own else site.node.graph)
+        key = (weight.name, id(root))
+        if key not in self._made:
+            self._made[key] = self._make(root, weight, read, form)
+        new = self._made[key]
+        if own or exclusive(self._walker, old, self._readers):
+            old.replace_all_uses_with(new)
+        else:
+            site.node.replace_input_with(site.index, new)
+        self._replaced.append(old)
+        if own and old.graph is root and old.name:
+            self._renames.append((new, old.name))
+        return new.name if new.is_initializer() else None
+
+    def _make(
+        self, root: ir.Graph, weight: Weight, read: Callable[[], Array], form: str
+    ) -> ir.Value:
+        if id(root) not in self._builders:
+            self._builders[id(root)] = Builder(
+                root,
+                self._walker.opset(root),
+                not self._walker.is_function(root) and self._walker.model.ir_version >= 4,
+                self._taken,
+            )
+        build = self._builders[id(root)]
+        if form == "packed":
+            name = build.unique(weight.name)
+            return packed.emit(packed.pack(read(), self._values, build.opset), build, name)
+        return build.constant(weight.name, lazy_tensor(weight, read))
+
+    def _set(self, value: ir.Value, tensor: ir.LazyTensor) -> str | None:
+        if value.is_initializer():
+            tensor.name = value.name
+            value.const_value = tensor
+            return value.name
+        node = value.producer()
+        assert node is not None  # stored_tensor found it at a Constant
+        for name in list(node.attributes):
+            del node.attributes[name]
+        node.attributes["value"] = ir.AttrTensor("value", tensor)
+        value.const_value = None
+        return None
+
+    def clean(self) -> None:
+        """Removes replaced weights and what only fed them; the new ones take over free names."""
+        pending = list(self._replaced)
+        while pending:
+            value = pending.pop()
+            if value.uses() or value.is_graph_output():
+                continue
+            graph, node = value.graph, value.producer()
+            if value.is_initializer() and graph is not None and value.name:
+                graph.initializers.pop(value.name)
+                if value.is_graph_input():  # IR version 3 lists every initializer as an input
+                    graph.inputs.remove(value)
+            elif node is not None and node.graph is not None:
+                if any(o.uses() or o.is_graph_output() for o in node.outputs):
+                    continue
+                sources = [v for v in node.inputs if v is not None]
+                node.graph.remove(node, safe=True)
+                pending.extend(sources)
+        names = value_names(self._walker.model)
+        for value, name in self._renames:
+            if name not in names:
+                value.name = name
+                names.add(name)

@@ -1,0 +1,77 @@
+"""Running ONNX models with onnxruntime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from rnnprune_cli.errors import RnnpruneError
+from rnnprune_cli.model import Array, Feed, Runner, TensorSpec
+
+BIG_MODEL_BYTES = 512 << 20
+"""From here on weights are used where they lie in the file, not re-packed in memory."""
+
+
+class OnnxRunner(Runner):
+    """An onnxruntime session on the CPU.
+
+    Args:
+        model: Path of the model, or its serialized bytes.
+        threads: Intra-operator threads.
+        inputs: Input specifications with ranges, from the graph.
+        outputs: Output specifications.
+        big: Skip weight pre-packing, which holds a second copy of every weight.
+
+    Raises:
+        RnnpruneError: If onnxruntime refuses the model.
+    """
+
+    def __init__(
+        self,
+        model: Path | bytes,
+        threads: int,
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+        big: bool = False,
+    ) -> None:
+        self.inputs = inputs
+        self.outputs = outputs
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 4
+        if big:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        try:
+            self._session: Any = ort.InferenceSession(
+                str(model) if isinstance(model, Path) else model,
+                options,
+                providers=["CPUExecutionProvider"],
+            )
+        except Exception as error:  # onnxruntime raises many unrelated types
+            raise RnnpruneError(
+                f"onnxruntime cannot load the model: {first_line(error)}",
+                "it must run on stock onnxruntime to be verified; check its operators and opset",
+            ) from error
+        self._names = [o.name for o in outputs]
+
+    def run(self, feed: Feed) -> list[Array]:
+        """Runs the session once; see :meth:`Runner.run`."""
+        try:
+            results: list[Array] = self._session.run(self._names, dict(feed))
+        except Exception as error:  # onnxruntime raises many unrelated types
+            raise RnnpruneError(
+                f"onnxruntime cannot run the model: {first_line(error)}",
+                "give inputs that it accepts with --data inputs.npz",
+            ) from error
+        return [np.asarray(r) for r in results]
+
+
+def first_line(error: BaseException, limit: int = 240) -> str:
+    """Returns the first line of an exception's text, shortened."""
+    text = str(error).strip() or type(error).__name__
+    line = text.splitlines()[0]
+    return line if len(line) <= limit else line[: limit - 1] + "…"

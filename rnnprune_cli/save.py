@@ -1,0 +1,46 @@
+"""Writing small files so that they are whole or not there."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from rnnprune_cli.errors import UsageError
+
+
+def check_writable(path: Path, force: bool) -> None:
+    """Raises UsageError if a file must not or cannot be written."""
+    if not path.parent.is_dir():
+        raise UsageError(
+            f"the folder of {path} does not exist", f"make it first: mkdir -p {path.parent}"
+        )
+    if path.is_dir():
+        raise UsageError(f"{path} is a directory", "give the path of a file")
+    if path.exists() and not force:
+        raise UsageError(
+            f"{path} exists already", "overwrite it with --force, or give another path"
+        )
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"cannot write in {path.parent}", "give another path")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file through a temporary one beside it."""
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, prefix=".rnnprune-", delete=False
+    ) as file:
+        try:
+            file.write(text)
+            file.close()
+            Path(file.name).chmod(0o666 & ~_umask())
+            Path(file.name).replace(path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
