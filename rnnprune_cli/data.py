@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -171,12 +172,10 @@ def _shown(spec: TensorSpec) -> str:
     return str([d if d is not None else "?" for d in spec.shape or ()]).replace("'", "")
 
 
-# Sizes to try for unnamed or symbolic dimensions, as (first axis, every other axis): long enough
-# to be worth timing first, then what common front ends insist on.
-_SIZES = (
-    (1, 100), (1, 128), (1, 64), (1, 512), (1, 576), (1, 1024), (1, 16000), (1, 16), (1, 8), (1, 4),
-    (1, 1), (2, 2), (16, 16), (100, 1), (100, 100), (16, 1), (8, 8),
-)  # fmt: skip
+# Steps to try: long enough to be worth timing first, then what common front ends insist on.
+_STEPS = (100, 128, 64, 512, 576, 1024, 16000, 16, 8, 4, 2, 1)
+_BATCH_NAME = re.compile(r"batch|^(n|b|bs)$", re.IGNORECASE)
+_STEPS_NAME = re.compile(r"time|seq|step|frame|len|^(t|s|l)$", re.IGNORECASE)
 
 
 def made_up_feeds(runner: Runner, seed: int, limit_elements: int = 1 << 24) -> list[Feed]:
@@ -206,8 +205,8 @@ def made_up_feeds(runner: Runner, seed: int, limit_elements: int = 1 << 24) -> l
     feeds: list[Feed] = []
     problem: RnnpruneError | None = None
     for modes in _modes(runner.inputs):
-        for first, other in _SIZES:
-            feed = _feed(runner.inputs, modes, first, other, np.random.default_rng(seed))
+        for batch, steps in _sizes(runner):
+            feed = _feed(runner.inputs, modes, batch, steps, np.random.default_rng(seed))
             if max((a.size for a in feed.values()), default=0) > limit_elements:
                 continue
             try:
@@ -240,28 +239,48 @@ def _modes(specs: Sequence[TensorSpec]) -> list[dict[str, int | float]]:
     return assignments
 
 
+def _sizes(runner: Runner) -> Iterator[tuple[int, int]]:
+    """Yields (batch, steps) to try, the most natural first; batch and steps may be mistaken."""
+    dynamic = [d for s in runner.inputs for d in s.shape or () if not isinstance(d, int)]
+    if not dynamic:
+        yield 1, 1
+        return
+    steps = tuple(dict.fromkeys((*_STEPS, *runner.size_hints)))
+    for batch in dict.fromkeys((1, *runner.size_hints)):
+        for step in steps:
+            yield batch, step
+    for batch in steps:
+        yield batch, 1
+
+
 def _feed(
     specs: Sequence[TensorSpec],
     modes: Mapping[str, int | float],
-    first: int,
-    other: int,
+    batch: int,
+    steps: int,
     generator: np.random.Generator,
 ) -> dict[str, Array]:
-    symbols: dict[str, int] = {}
     feed: dict[str, Array] = {}
     for spec in specs:
-        shape = []
-        for axis, dim in enumerate(spec.shape or ()):
-            size = first if axis == 0 else other
-            if isinstance(dim, int):
-                size = dim
-            elif isinstance(dim, str):
-                size = symbols.setdefault(dim, size)
-            elif axis == 1 and len(spec.shape or ()) == 3 and isinstance(spec.shape[0], int):  # type: ignore[index]
-                size = first  # [layers, batch, hidden]: an initial state
-            shape.append(size)
-        feed[spec.name] = _values(spec, tuple(shape), modes, other, generator)
+        shape = [
+            dim if isinstance(dim, int) else batch if _is_batch(spec, axis) else steps
+            for axis, dim in enumerate(spec.shape or ())
+        ]
+        feed[spec.name] = _values(spec, tuple(shape), modes, steps, generator)
     return feed
+
+
+def _is_batch(spec: TensorSpec, axis: int) -> bool:
+    """Tells whether a dynamic axis is the batch, by its name or else by its place."""
+    shape = spec.shape or ()
+    name = shape[axis]
+    if isinstance(name, str) and _BATCH_NAME.search(name):
+        return True
+    if isinstance(name, str) and _STEPS_NAME.search(name):
+        return False
+    # [layers, batch, hidden] is an initial state; elsewhere the batch comes first.
+    state = len(shape) == 3 and isinstance(shape[0], int) and isinstance(shape[2], int)
+    return axis == (1 if state else 0)
 
 
 def _values(

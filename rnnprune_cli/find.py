@@ -58,12 +58,13 @@ class Found:
     Attributes:
         layers: What can be pruned, in graph order.
         skipped: What is recurrent and cannot.
-        weights: (layer name as located, role) → weight; covers every executed prunable node.
+        by_name: Name as located → layer; covers every executed prunable node, so that a function
+            that is called twice with the same weights is here twice.
     """
 
     layers: tuple[RecurrentLayer, ...]
     skipped: tuple[Skipped, ...]
-    weights: dict[tuple[str, str], Weight]
+    by_name: dict[str, RecurrentLayer]
 
 
 def is_recurrent(node: ir.Node) -> bool:
@@ -127,28 +128,28 @@ def find(walker: Walker) -> Found:
     skipped.extend(refusals)
     pool = _Pool()
     layers: list[RecurrentLayer] = []
-    weights: dict[tuple[str, str], Weight] = {}
-    first: dict[tuple[int, str, str], str] = {}
+    by_name: dict[str, RecurrentLayer] = {}
+    first: dict[tuple[int, str, str], RecurrentLayer] = {}
     for c in writable:
         name = c.located.name
         w, r = (
             pool.add(f"{name}.{ROLES[site.index]}", site, source)
             for site, source in zip(c.located.sites, c.sources, strict=True)
         )
-        weights[name, "W"], weights[name, "R"] = w, r
+        layer = RecurrentLayer(name, c.op, c.direction, c.input_size, c.hidden_size, w, r)
         # A function called twice with the same weights is one layer, not two.
-        if first.setdefault((id(c.located.instance.node), w.name, r.name), name) == name:
-            layers.append(
-                RecurrentLayer(name, c.op, c.direction, c.input_size, c.hidden_size, w, r)
-            )
+        by_name[name] = first.setdefault((id(c.located.instance.node), w.name, r.name), layer)
+        if by_name[name] is layer:
+            layers.append(layer)
     skipped.extend(_other_recurrence(walker))
-    return Found(tuple(layers), tuple(skipped), weights)
+    if not layers and not skipped:
+        skipped.extend(_unrolled(walker))
+    return Found(tuple(layers), tuple(skipped), by_name)
 
 
 def readers(walker: Walker, found: Found) -> frozenset[tuple[int, int]]:
     """Returns (id of node, input index) of every input that reads a prunable weight."""
-    names = {name for name, _ in found.weights}
-    return _readers(located for located in locate(walker) if located.name in names)
+    return _readers(located for located in locate(walker) if located.name in found.by_name)
 
 
 def _readers(located: Iterable[Located]) -> frozenset[tuple[int, int]]:
@@ -358,25 +359,78 @@ def _other_recurrence(walker: Walker) -> Iterable[Skipped]:
                 if quantized
                 else "export it with standard LSTM, GRU or RNN operators",
             )
-        elif node.op_type == "Mul" and _closes_a_cell(node):
+        elif (cell := _closes_a_cell(node)) is not None:
             yield Skipped(
                 name,
-                "a recurrent cell is written out here as MatMul or Gemm, Sigmoid and Tanh"
-                " (o · tanh(c)), not an LSTM, GRU or RNN operator",
+                f"{cell} is written out here as MatMul or Gemm, Sigmoid and Tanh, not as an LSTM,"
+                " GRU or RNN operator",
                 "export it as an operator (torch.nn.LSTM rather than LSTMCell, Keras layers"
-                " rather than single steps)",
+                " rather than single steps or unroll=True)",
             )
 
 
-def _closes_a_cell(node: ir.Node) -> bool:
-    """Recognises ``h = sigmoid(·) * tanh(f * c + i * g)``, the last product of an LSTM cell."""
-    makers = [v.producer() if v is not None else None for v in node.inputs]
-    kinds = {m.op_type: m for m in makers if m is not None}
-    if set(kinds) != {"Sigmoid", "Tanh"}:
-        return False
-    cell = kinds["Tanh"].inputs[0]
-    added = cell.producer() if cell is not None else None
-    if added is None or added.op_type != "Add":
-        return False
-    terms = [v.producer() if v is not None else None for v in added.inputs]
-    return all(t is not None and t.op_type == "Mul" for t in terms)
+def _closes_a_cell(node: ir.Node) -> str | None:
+    """Recognises the last operation of a hand-written cell.
+
+    ``h = sigmoid(·) * tanh(f * c + i * g)`` closes an LSTM cell; ``z * h + (1 - z) * tanh(·)`` and
+    ``z * (h - n) + n`` with ``n = tanh(·)`` close a GRU cell.
+    """
+    makers = _makers(node)
+    kinds = {maker.op_type for maker in makers}
+    if node.op_type == "Mul" and kinds == {"Sigmoid", "Tanh"}:
+        cell = next(maker for maker in makers if maker.op_type == "Tanh")
+        added = next(iter(_makers(cell)), None)
+        if added is not None and added.op_type == "Add":
+            terms = _makers(added)
+            if len(terms) == 2 and all(term.op_type == "Mul" for term in terms):
+                return "an LSTM cell"
+    elif node.op_type == "Add" and "Mul" in kinds and kinds <= {"Mul", "Tanh"}:
+        factors = {f.op_type for m in makers if m.op_type == "Mul" for f in _makers(m)}
+        # An LSTM's f * c + i * g looks alike; its sum goes on into a Tanh.
+        into_tanh = any(user.op_type == "Tanh" for user in node.outputs[0].consumers())
+        if "Sigmoid" in factors and "Tanh" in factors | kinds and not into_tanh:
+            return "a GRU cell"
+    return None
+
+
+def _makers(node: ir.Node) -> list[ir.Node]:
+    found = (value.producer() for value in node.inputs if value is not None)
+    return [maker for maker in found if maker is not None]
+
+
+def _unrolled(walker: Walker) -> Iterable[Skipped]:
+    """Finds weights that a chain of products applies again and again: an unrolled recurrence."""
+    products: dict[int, list[ir.Node]] = defaultdict(list)
+    for instance in walker.instances():
+        node = instance.node
+        if node.op_type in ("MatMul", "Gemm") and len(node.inputs) > 1:
+            weight = node.inputs[1]
+            while (made := weight.producer() if weight is not None else None) is not None and (
+                made.op_type in ("Transpose", "Identity")
+            ):
+                weight = made.inputs[0]
+            if weight is not None and stored_tensor(weight) is not None:
+                products[id(weight)].append(node)
+    for nodes in products.values():
+        if len(nodes) > 1 and _depends(nodes[1], nodes[0]):
+            yield Skipped(
+                nodes[0].name or nodes[0].op_type,
+                f"an unrolled recurrence: the same weight is multiplied {len(nodes)} times, each"
+                " time by what came of the last",
+                "export it as an LSTM, GRU or RNN operator (whole layers rather than single steps"
+                " or unroll=True)",
+            )
+            return
+
+
+def _depends(node: ir.Node, on: ir.Node, limit: int = 5000) -> bool:
+    """Tells whether a node is made from another's output, looking back over so many nodes."""
+    pending, seen = _makers(node), set()
+    while pending and len(seen) < limit:
+        current = pending.pop()
+        if current is on:
+            return True
+        if id(current) not in seen:
+            seen.add(id(current))
+            pending.extend(_makers(current))
+    return False

@@ -23,12 +23,15 @@ Calls = tuple[ir.Node, ...]
 MAX_INSTANCES = 200_000
 MAX_FOLDED_BYTES = 1 << 31
 
-_ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Less", "Where", "BitwiseAnd", "Expand"})
+_ELEMENTWISE = frozenset(
+    {"Add", "Sub", "Mul", "Div", "Pow", "Less", "Where", "BitwiseAnd", "Expand"}
+)
 # Ops whose output holds no more elements than their inputs together.
 _MOVING = frozenset(
     {"Slice", "Concat", "Unsqueeze", "Squeeze", "Transpose", "Reshape", "Flatten", "Split"}
     | {"Cast", "CastLike", "Identity", "Dropout", "DequantizeLinear", "Neg", "Shape"}
     | {"Scatter", "ScatterElements", "CumSum"}
+    | {"ReduceL2", "ReduceSum", "ReduceMean", "Sqrt", "Reciprocal", "Abs"}  # weight normalisation
 )
 FOLDABLE = _ELEMENTWISE | _MOVING | {"Gather", "MatMul", "NonZero", "ConstantOfShape"}
 """Deterministic ops with one simple bound on their output's size; weights are made with these."""
@@ -264,6 +267,8 @@ class Folder:
             if value.is_graph_input() and value.graph is not self._walker.model.graph:
                 what = "an input of a loop or function body that changes at run time"
             return f"'{value.name}' is {what}"
+        if node.op_type == "Shape" and (static := _static_shape(node)) is not None:
+            return static
         if node.domain not in ("", "ai.onnx") or node.op_type not in FOLDABLE:
             return f"'{value.name}' is computed at run time by {node.op_type} '{node.name}'"
         arrays: list[Array | None] = []
@@ -277,6 +282,17 @@ class Folder:
         return _run_node(
             node, arrays, self._walker.opset(self._walker.root(node.graph)), value.index() or 0
         )
+
+
+def _static_shape(node: ir.Node) -> Array | None:
+    """The result of a Shape whose dimensions the file states, whatever its input's values."""
+    value = node.inputs[0]
+    if value is None or value.shape is None:
+        return None
+    start = node.attributes.get_int("start", 0)
+    dims = value.shape.dims[start : node.attributes.get_int("end", None)]
+    known = [d for d in dims if isinstance(d, int)]
+    return np.array(known, np.int64) if len(known) == len(dims) else None
 
 
 def _bound(node: ir.Node, arrays: list[Array | None]) -> int:
@@ -319,7 +335,7 @@ def _run_node(node: ir.Node, arrays: list[Array | None], opset: int, output: int
     del proto.input[:]
     proto.input.extend(names)
     for k in range(len(proto.output)):
-        proto.output[k] = f"o{k}" if k == output else ""
+        proto.output[k] = f"o{k}"  # onnxruntime crashes on a Split with unnamed outputs
     feed = {n: a for n, a in zip(names, arrays, strict=True) if a is not None}
     try:
         inputs = [

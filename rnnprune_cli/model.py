@@ -120,10 +120,17 @@ Feed = Mapping[str, Array]
 
 
 class Runner(ABC):
-    """An executable model: an onnxruntime session or a TensorFlow function."""
+    """An executable model: an onnxruntime session or a TensorFlow function.
+
+    Attributes:
+        inputs: What :meth:`run` must be given.
+        outputs: What it returns.
+        size_hints: Sizes that may be the only ones accepted for dimensions declared dynamic.
+    """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    size_hints: tuple[int, ...] = ()
 
     @abstractmethod
     def run(self, feed: Feed) -> list[Array]:

@@ -10,6 +10,7 @@ from rnnprune_cli.graph import Walker, stored_tensor
 from rnnprune_cli.model import Array, TensorSpec
 
 _SEQUENCE_LENS = 4
+_INITIAL_H = 5
 # Ops that hand an integer on without changing it.
 _PASSING = frozenset(
     {"Cast", "Reshape", "Unsqueeze", "Squeeze", "Transpose", "Flatten", "Slice", "Concat"}
@@ -31,6 +32,29 @@ def describe_inputs(walker: Walker) -> tuple[TensorSpec, ...]:
 def describe_outputs(model: ir.Model) -> tuple[TensorSpec, ...]:
     """Returns the outputs of a model."""
     return tuple(_spec(value) for value in model.graph.outputs)
+
+
+def size_hints(walker: Walker) -> tuple[int, ...]:
+    """Returns sizes that the graph insists on although its inputs are declared dynamic.
+
+    Exporters bake the batch or length of their example into output shapes, Reshapes and initial
+    states.
+    """
+    sizes: set[int] = set()
+    for value in walker.model.graph.outputs:
+        sizes.update(d for d in value.shape or () if isinstance(d, int))
+    for instance in walker.instances():
+        node = instance.node
+        if node.op_type in ("Reshape", "Expand") and len(node.inputs) > 1:
+            shape = _constant(walker, node.inputs[1])
+            if shape is not None and shape.size <= 8:
+                sizes.update(int(d) for d in shape.ravel())
+        elif is_recurrent(node) or node.op_type in ("Loop", "Scan"):
+            for value in node.inputs[_INITIAL_H if is_recurrent(node) else 0 :]:
+                state = _constant(walker, value)
+                if state is not None and state.ndim == 3:
+                    sizes.add(state.shape[1])
+    return tuple(sorted(s for s in sizes if 1 < s <= 4096))
 
 
 def _spec(value: ir.Value) -> TensorSpec:

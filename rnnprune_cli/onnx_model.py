@@ -20,15 +20,17 @@ from rnnprune_cli.model import (
     LoadedModel,
     Masks,
     ParameterCount,
+    RecurrentLayer,
     Runner,
     Saved,
     Weight,
 )
 from rnnprune_cli.onnx_file import deserialize, external_files, read_proto
-from rnnprune_cli.onnx_inputs import describe_inputs, describe_outputs
-from rnnprune_cli.rewrite import layout, packed, sparse
+from rnnprune_cli.onnx_inputs import describe_inputs, describe_outputs, size_hints
+from rnnprune_cli.rewrite import packed, sparse
 from rnnprune_cli.rewrite.build import Builder, value_names
 from rnnprune_cli.rewrite.place import Placer, lazy_tensor
+from rnnprune_cli.rewrite.runnable import make_runnable, obstacles
 from rnnprune_cli.runtime import BIG_MODEL_BYTES, OnnxRunner
 
 Values = Mapping[str, Callable[[], Array]]
@@ -68,14 +70,19 @@ class OnnxModel(LoadedModel):
         )
         self.opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx"))
         self._ir_version = model.ir_version
-        self._batch_first = layout.has_batch_first(model)
+        self._obstacles = {
+            what: name
+            for name, node, layer in self._executed(walker)
+            for what in obstacles(node, layer)
+        }
         self._inputs = describe_inputs(walker)
+        self._hints = size_hints(walker)
         self._outputs = describe_outputs(model)
         self.warnings = tuple(self._file_warnings(proto))
 
     @property
     def _weights(self) -> dict[str, Weight]:
-        return {w.name: w for w in self._found.weights.values()}
+        return {w.name: w for layer in self.layers for w in layer.weights}
 
     @property
     def _big(self) -> bool:
@@ -84,10 +91,10 @@ class OnnxModel(LoadedModel):
     def _file_warnings(self, proto: onnx.ModelProto) -> Iterator[str]:
         if proto.training_info:
             yield "the model's training_info is not kept: onnx-ir does not carry it"
-        if self._batch_first:
+        for what, name in self._obstacles.items():
             yield (
-                "onnxruntime cannot run layout=1: verified and timed on the equivalent graph with"
-                " Transposes; the written file keeps layout=1"
+                f"onnxruntime's CPU kernels do not support {what} ('{name}'): verified and timed on"
+                " an equivalent graph; the written file is like the original"
             )
 
     def fresh(self) -> ir.Model:
@@ -107,44 +114,61 @@ class OnnxModel(LoadedModel):
         else stays. :meth:`save` does neither.
         """
         model = self.fresh()
-        names = [located.name for located in locate(Walker(model))]
-        if model.functions:
-            common.InlinePass()(model)  # keeps the order of execution
+        executed = self._inlined(model)
         model.ir_version = max(model.ir_version, 4)
         build = Builder(model.graph, self.opset or 1, True, value_names(model))
         made: dict[str, ir.Value] = {}
-        for name, located in zip(names, locate(Walker(model)), strict=True):
-            for site, role in zip(located.sites, ROLES.values(), strict=True):
-                weight = self._found.weights.get((name, role))
-                if weight is None or weight.name not in stored:
+        for node, layer in executed:
+            for index, weight in zip(ROLES, layer.weights, strict=True):
+                if weight.name not in stored:
                     continue
                 if weight.name not in made:
                     tensor = lazy_tensor(weight, stored[weight.name])
                     made[weight.name] = build.constant(f"masked/{weight.name}", tensor)
-                site.node.replace_input_with(site.index, made[weight.name])
-        return self._open_ir(model, threads)
+                node.replace_input_with(index, made[weight.name])
+        return self._open_ir(model, executed, threads)
 
     def reopen(self, saved: Saved, threads: int = 1) -> Runner:
         """Opens the written file; see :meth:`LoadedModel.reopen`."""
         return self._open(saved.path, threads)
 
     def _open(self, path: Path, threads: int) -> Runner:
-        if self._batch_first:
+        if self._obstacles:
             model = deserialize(read_proto(path), path)
-            layout.make_time_first(model)
-            return self._open_ir(model, threads)
-        return OnnxRunner(path, threads, self._inputs, self._outputs, self._big)
+            return self._open_ir(model, self._inlined(model), threads)
+        return OnnxRunner(path, threads, self._inputs, self._outputs, self._hints, self._big)
 
-    def _open_ir(self, model: ir.Model, threads: int) -> Runner:
-        layout.make_time_first(model)
+    def _executed(self, walker: Walker) -> Iterator[tuple[str, ir.Node, RecurrentLayer]]:
+        """Yields every executed recurrent node of a copy of the model with its layer."""
+        for located in locate(walker):
+            if located.name in self._found.by_name:
+                yield located.name, located.instance.node, self._found.by_name[located.name]
+
+    def _inlined(self, model: ir.Model) -> list[tuple[ir.Node, RecurrentLayer]]:
+        """Inlines functions, so that every executed node exists once; pairs nodes and layers."""
+        names = [located.name for located in locate(Walker(model))]
+        if model.functions:
+            common.InlinePass()(model)  # keeps the order of execution
+        nodes = [located.instance.node for located in locate(Walker(model))]
+        known = self._found.by_name
+        return [(n, known[name]) for name, n in zip(names, nodes, strict=True) if name in known]
+
+    def _open_ir(
+        self, model: ir.Model, executed: list[tuple[ir.Node, RecurrentLayer]], threads: int
+    ) -> Runner:
+        make_runnable(executed)
         if not self._external and not self._big:
             return OnnxRunner(
-                ir.to_proto(model).SerializeToString(), threads, self._inputs, self._outputs
+                ir.to_proto(model).SerializeToString(),
+                threads,
+                self._inputs,
+                self._outputs,
+                self._hints,
             )
         with tempfile.TemporaryDirectory(prefix="rnnprune-") as folder:
             path = Path(folder) / "model.onnx"
             ir.save(model, path, external_data="model.onnx.data")
-            return OnnxRunner(path, threads, self._inputs, self._outputs, self._big)
+            return OnnxRunner(path, threads, self._inputs, self._outputs, self._hints, self._big)
 
     # Writing
 
@@ -193,10 +217,9 @@ class OnnxModel(LoadedModel):
     def _sites(self, walker: Walker) -> Iterator[tuple[Site, Weight]]:
         """Yields every place of a prunable weight in a copy of the model."""
         for located in locate(walker):
-            for site, role in zip(located.sites, ROLES.values(), strict=True):
-                weight = self._found.weights.get((located.name, role))
-                if weight is not None:
-                    yield site, weight
+            layer = self._found.by_name.get(located.name)
+            if layer is not None:
+                yield from zip(located.sites, layer.weights, strict=True)
 
     def _choose(
         self, weight: Weight, mask: Array, options: ExportOptions

@@ -23,6 +23,7 @@ class OnnxRunner(Runner):
         threads: Intra-operator threads.
         inputs: Input specifications with ranges, from the graph.
         outputs: Output specifications.
+        hints: Sizes that the graph insists on; see :attr:`Runner.size_hints`.
         big: Skip weight pre-packing, which holds a second copy of every weight.
 
     Raises:
@@ -35,9 +36,11 @@ class OnnxRunner(Runner):
         threads: int,
         inputs: tuple[TensorSpec, ...],
         outputs: tuple[TensorSpec, ...],
+        hints: tuple[int, ...] = (),
         big: bool = False,
     ) -> None:
         self.inputs = inputs
+        self.size_hints = hints
         self.outputs = outputs
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads

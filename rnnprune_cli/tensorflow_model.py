@@ -31,7 +31,7 @@ from rnnprune_cli.model import (
     Skipped,
     Weight,
 )
-from rnnprune_cli.tensorflow.recurrence import Findings, Recurrence
+from rnnprune_cli.tensorflow.recurrence import Findings, Recurrence, layer_path
 from rnnprune_cli.tensorflow.runtime import Program, TensorFlowRunner, is_float, set_threads
 from rnnprune_cli.tensorflow.savedmodel import SavedModelStore
 from rnnprune_cli.tensorflow.store import Change, Store
@@ -146,12 +146,8 @@ class TensorFlowModel(LoadedModel):
     def _layer_names(self) -> list[str]:
         """The Keras path of each layer, as its recurrent kernel's variable spells it."""
         names: list[str] = []
-        for position, recurrence in enumerate(self._findings.layers):
-            variable = self.program.variables[recurrence.r]
-            parts = variable.name.split(":")[0].split("/")[:-1] if variable is not None else []
-            if len(parts) > 1 and "cell" in parts[-1]:
-                parts = parts[:-1]
-            base = "/".join(parts) or f"{recurrence.op.lower()}_{position}"
+        for recurrence in self._findings.layers:
+            base = layer_path(self.program.name(recurrence.r))
             name, number = base, 1
             while name in names:
                 number += 1
@@ -181,7 +177,7 @@ class TensorFlowModel(LoadedModel):
         if capture in self._by_variable:
             return self._by_variable[capture]
         values = self.program.values(capture)
-        if not np.isfinite(values.astype(np.float32, copy=False)).all():
+        if not np.isfinite(values).all():
             raise RnnpruneError(
                 f"{self.path}: the weights '{name}' hold NaN or infinite values",
                 "the model was damaged in training; restore an earlier checkpoint",

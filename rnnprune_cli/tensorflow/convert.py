@@ -74,8 +74,8 @@ def convert(path: Path, program: Program, stateful: bool, opset: int) -> onnx.Mo
             call, specs = _callable(tf, program)
             model, _ = from_function(call, input_signature=specs, opset=opset)
     except (*DAMAGED, tf.errors.OpError) as error:
-        reason = (errors.messages or [first_line(error)])[0]
-        raise RnnpruneError(f"{path}: cannot become ONNX: {_plain(reason)}", _HINT) from error
+        reason = first_line(errors.messages[0] if errors.messages else error)
+        raise RnnpruneError(f"{path}: cannot become ONNX: {reason}", _HINT) from error
     finally:
         logger.setLevel(level)
         logger.propagate, logger.handlers = propagate, handlers
@@ -131,8 +131,3 @@ def _check_names(path: Path, model: onnx.ModelProto, program: Program) -> None:
                 f"{', '.join(got) or 'none'}",
                 _HINT,
             )
-
-
-def _plain(message: str) -> str:
-    line = " ".join(message.split())
-    return line if len(line) <= 200 else line[:199] + "…"

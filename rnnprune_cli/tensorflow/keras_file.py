@@ -10,15 +10,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib
 import json
+import os
 import shutil
 import tempfile
 import warnings
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -228,7 +230,7 @@ class KerasStore(Store):
                 )
             return json.loads(file.attrs["model_config"]), _text(file.attrs.get("keras_version"))
 
-    @contextmanager
+    @contextlib.contextmanager
     def _weights(self, path: Path) -> Iterator[Any]:
         """Opens the HDF5 file, or the one inside the archive, for reading."""
         import h5py
@@ -330,43 +332,57 @@ def _is_safe_function(name: str) -> bool:
 
 
 def _export(path: Path, named: Path, target: Path, old: bool) -> None:
-    """Loads the file with the Keras that wrote it, else with the other, and exports it."""
+    """Loads a file with the Keras that wrote it, else with the other, and exports it.
+
+    Args:
+        path: What the user named, for messages.
+        named: The same file under a name that Keras takes.
+        target: Where the SavedModel goes.
+        old: Whether Keras 2 wrote it.
+    """
     tf = import_tensorflow()
-    exporters = (_export_keras2, _export_keras3) if old else (_export_keras3, _export_keras2)
-    reasons = [_failure(tf, exporters[0], named, target)]
+    packages = ("tf_keras", "keras") if old else ("keras", "tf_keras")
+    reasons = [_failure(tf, packages[0], named, target)]
     if reasons[0] is not None:
         shutil.rmtree(target, ignore_errors=True)
-        reasons.append(_failure(tf, exporters[1], named, target))
+        reasons.append(_failure(tf, packages[1], named, target))
     if reasons[-1] is not None:
         # The first is the version that the file claims to be of.
         raise RnnpruneError(f"{path}: Keras cannot load it: {reasons[0]}", _CODE_HINT)
 
 
-def _failure(
-    tf: Any,  # noqa: ANN401
-    export: Callable[[Path, Path], None],
-    path: Path,
-    target: Path,
-) -> str | None:
-    """Loads and exports the file; returns why that failed."""
+def _failure(tf: Any, package: str, named: Path, target: Path) -> str | None:  # noqa: ANN401
+    """Loads a file and exports it; returns why that failed."""
     try:
-        with quiet(), warnings.catch_warnings():
+        with (
+            quiet(),
+            warnings.catch_warnings(),
+            Path(os.devnull).open("w") as sink,
+            contextlib.redirect_stdout(sink),
+        ):
             warnings.simplefilter("ignore")
-            export(path, target)
+            keras = importlib.import_module(package)
+            model = keras.models.load_model(str(named), compile=False, safe_mode=True)
+            _write_savedmodel(tf, keras, model, target)
     except (*DAMAGED, ImportError, zipfile.BadZipFile, tf.errors.OpError) as error:
         return first_line(error)
     return None
 
 
-def _export_keras2(path: Path, target: Path) -> None:
-    import tf_keras
+def _write_savedmodel(tf: Any, keras: Any, model: Any, target: Path) -> None:  # noqa: ANN401
+    """Exports a model whose signature has the names of its inputs and output layers."""
+    if not model.inputs:
+        raise ValueError("the model does not know the shape of its input")
+    specs = [tf.TensorSpec(i.shape, i.dtype, i.name.split(":")[0]) for i in model.inputs]
+    names = list(model.output_names)
+    if len(set(names)) < len(names):
+        names = [f"output_{position}" for position in range(len(names))]
 
-    model = tf_keras.models.load_model(path, compile=False, safe_mode=True)
-    import_tensorflow().saved_model.save(model, str(target))
+    def call(*inputs: Any) -> dict[str, Any]:  # noqa: ANN401
+        outputs = model(inputs[0] if len(inputs) == 1 else list(inputs), training=False)
+        return dict(zip(names, tf.nest.flatten(outputs), strict=True))
 
-
-def _export_keras3(path: Path, target: Path) -> None:
-    import keras
-
-    model = keras.models.load_model(path, compile=False, safe_mode=True)
-    model.export(str(target), verbose=False)
+    archive = keras.export.ExportArchive()
+    archive.track(model)
+    archive.add_endpoint("serve", call, input_signature=specs)
+    archive.write_out(str(target))

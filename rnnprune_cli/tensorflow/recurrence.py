@@ -61,6 +61,9 @@ _MOVES = {
     "ConcatV2",
     "Pack",
 }
+# The operand through which an index still comes from an input. Keras 3 wraps negative indices:
+# where(index < 0, index + rows, index).
+_ORIGINS = dict.fromkeys(_MOVES, 0) | {"Select": 2, "SelectV2": 2}
 _SUMS = {"Add", "AddV2", "AddN", "BiasAdd", "Sub"}
 # A sum of products stays one through these, as far as telling which products were added goes.
 _LINEAR = _SUMS | _MOVES | {"Mul", "RealDiv", "Neg", "Select", "SelectV2"}
@@ -313,7 +316,7 @@ class _Search:
             else frozenset(),
             reverse=reverse != (op in ("ReverseV2", "ReverseSequence")),
             carried=op in _GATED and any(operand.carried for operand in operands),
-            origin=operands[0].origin if op in _MOVES else "",
+            origin=operands[_ORIGINS[op]].origin if op in _ORIGINS else "",
         )
 
     def _record_sum(self, operands: list[Value]) -> None:
@@ -481,7 +484,10 @@ class _Search:
             }
             recurrence = self._pair(matrix, members, partners)
             if recurrence is not None:
-                pairs.setdefault((recurrence.w, recurrence.r), recurrence)
+                # Keras also runs the cell once outside of the loop, on the first step as it is.
+                key = (recurrence.w, recurrence.r)
+                reverse = recurrence.reverse or (key in pairs and pairs[key].reverse)
+                pairs[key] = replace(recurrence, reverse=reverse)
                 scopes.add(scope)
             elif matrix not in feeding:
                 unpaired.append(members[0])
@@ -525,7 +531,7 @@ class _Search:
         op = _operator(self._matrices[matrix].shape)
         plain = not any(self._products[member].via for member in (*members, partner))
         capture_w, capture_r = self._matrices[w].capture, self._matrices[matrix].capture
-        if op is None or product.convolution or not plain:
+        if op is None or len(self._matrices[w].shape) != 2 or product.convolution or not plain:
             return None
         if capture_w is None or capture_r is None:
             return None
@@ -541,7 +547,7 @@ class _Search:
         constant = matrix.capture is None or any(
             self._matrices[partner].capture is None for partner in partners
         )
-        name = matrix.name
+        name = layer_path(matrix.name)
         if product.convolution:
             self._refuse(
                 name, "a convolutional recurrent layer", "only LSTM, GRU and RNN can be pruned"
@@ -605,6 +611,14 @@ class _Search:
                     cells.append(Recurrence(op, captures[0], captures[1], False))
                     taken |= matrices
         return cells
+
+
+def layer_path(variable: str) -> str:
+    """The layer of a Keras variable: ``rnn/lstm_cell/kernel`` belongs to ``rnn``."""
+    parts = variable.split(":")[0].split("/")[:-1]
+    if len(parts) > 1 and "cell" in parts[-1]:
+        parts = parts[:-1]
+    return "/".join(parts) or variable
 
 
 def _operator(shape: tuple[int, ...]) -> Op | None:

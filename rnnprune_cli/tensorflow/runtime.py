@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ DAMAGED = (
 )
 """What TensorFlow's and Keras's readers raise on files that are damaged or too new, beside
 ``tf.errors.OpError``; these readers document no error type."""
+
+_NO_GIST = ("Graph execution error:", "Detected at node", "<stack traces", "[[{{", "[[")
 
 
 @contextlib.contextmanager
@@ -97,10 +100,15 @@ def set_threads(threads: int) -> str | None:
     return None
 
 
-def first_line(error: BaseException) -> str:
-    """The gist of an exception in one plain line of at most 200 characters."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
+def first_line(error: BaseException | str) -> str:
+    """The gist of an exception in one plain line of at most 200 characters.
+
+    TensorFlow puts headings and the place in the graph around what has happened.
+    """
+    lines = [line.strip() for line in str(error).splitlines()]
+    telling = [line for line in lines if line and not line.startswith(_NO_GIST)]
+    text = telling[0] if telling else type(error).__name__
+    text = re.sub(r"\s*\[Op:\w+\].*", "", " ".join(text.split()))
     return text if len(text) <= 200 else text[:199] + "…"
 
 
@@ -178,19 +186,23 @@ class Program:
         graph = self.function.graph.as_graph_def()
         return find_recurrences(graph, own, list(zip(captures, self.matrices(), strict=True)))
 
+    def name(self, capture: int) -> str:
+        """Name of a captured variable."""
+        return str(self._variable(capture).name)
+
     def values(self, capture: int) -> Array:
         """Current value of a captured variable."""
-        variable = self.variables[capture]
-        if variable is None:
-            raise KeyError(capture)
-        return np.asarray(variable.numpy())
+        return np.asarray(self._variable(capture).numpy())
 
     def assign(self, capture: int, value: Array) -> None:
         """Gives a captured variable another value of the same shape."""
+        self._variable(capture).assign(value)
+
+    def _variable(self, capture: int) -> Any:  # noqa: ANN401
         variable = self.variables[capture]
         if variable is None:
             raise KeyError(capture)
-        variable.assign(value)
+        return variable
 
 
 def _choose_signature(path: Path, names: Sequence[str], wanted: str | None) -> str:
@@ -233,17 +245,27 @@ class TensorFlowRunner(Runner):
             for capture in sorted(assigned)
             if (variable := program.variables[capture]) is not None
         ]
+        batch = self._batch()
         # The keyword is what a caller uses; the placeholder, after which ranges are named, may
         # have a name of its own.
         keywords = self._function.structured_input_signature[1]
         self.inputs = tuple(
-            _spec(name, spec, ranges.get(name, ranges.get(spec.name, 0)))
+            _spec(name, spec, ranges.get(name, ranges.get(spec.name, 0)), batch)
             for name, spec in keywords.items()
         )
         self.outputs = tuple(
             _spec(name, spec) for name, spec in self._function.structured_outputs.items()
         )
         self._names = tuple(spec.name for spec in self.outputs)
+
+    def _batch(self) -> int | None:
+        """The batch size that stored states prescribe; the signature itself may leave it open."""
+        sizes = {
+            variable.shape[0]
+            for variable, _ in self._states
+            if variable.dtype.is_floating and variable.shape.rank == 2
+        }
+        return sizes.pop() if len(sizes) == 1 else None
 
     def run(self, feed: Feed) -> list[Array]:
         """Runs the signature once.
@@ -262,9 +284,15 @@ class TensorFlowRunner(Runner):
             results = self._function(**{name: constant(array) for name, array in feed.items()})
             return [results[name].numpy() for name in self._names]
         except (self._tf.errors.OpError, TypeError, ValueError) as error:
+            names = {spec.name for spec in self.inputs}
+            reason = first_line(error)
+            if names != set(feed):
+                wrong = [f"no value for {name}" for name in sorted(names - set(feed))]
+                wrong += [f"no input {name}" for name in sorted(set(feed) - names)]
+                reason = ", ".join(wrong)
             expected = ", ".join(f"{s.name} {s.dtype} {_shown(s.shape)}" for s in self.inputs)
             raise RnnpruneError(
-                f"TensorFlow cannot run the model on this input: {first_line(error)}",
+                f"TensorFlow cannot run the model on this input: {reason}",
                 f"the inputs are: {expected}",
             ) from error
 
@@ -274,8 +302,18 @@ class TensorFlowRunner(Runner):
             variable.assign(initial)
 
 
-def _spec(name: str, spec: Any, rows: int = 0) -> TensorSpec:  # noqa: ANN401
+def _spec(name: str, spec: Any, rows: int = 0, batch: int | None = None) -> TensorSpec:  # noqa: ANN401
+    """Describes an input or output.
+
+    Args:
+        name: Its keyword.
+        spec: ``tf.TensorSpec``.
+        rows: Number of valid values of an index; 0 if it is none.
+        batch: Size of the first axis, where the specification leaves it open.
+    """
     shape = None if spec.shape.rank is None else tuple(spec.shape.as_list())
+    if shape and shape[0] is None:
+        shape = (batch, *shape[1:])
     dtype = np.dtype(spec.dtype.as_numpy_dtype)
     if not rows or dtype.kind not in "iu":
         return TensorSpec(name, dtype, shape)
