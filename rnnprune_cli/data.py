@@ -174,11 +174,12 @@ def _shown(spec: TensorSpec) -> str:
 
 # Steps to try: long enough to be worth timing first, then what common front ends insist on.
 _STEPS = (100, 128, 64, 512, 576, 1024, 16000, 16, 8, 4, 2, 1)
+_MAX_ELEMENTS = 1 << 24
 _BATCH_NAME = re.compile(r"batch|^(n|b|bs)$", re.IGNORECASE)
 _STEPS_NAME = re.compile(r"time|seq|step|frame|len|^(t|s|l)$", re.IGNORECASE)
 
 
-def made_up_feeds(runner: Runner, seed: int, limit_elements: int = 1 << 24) -> list[Feed]:
+def made_up_feeds(runner: Runner, seed: int, longest: int = _STEPS[0]) -> list[Feed]:
     """Makes seeded inputs that a model accepts.
 
     Types, fixed sizes and shared symbolic dimensions are respected; integers stay in the range of
@@ -188,7 +189,7 @@ def made_up_feeds(runner: Runner, seed: int, limit_elements: int = 1 << 24) -> l
     Args:
         runner: The model; it is run to find sizes that it accepts.
         seed: Seed of the generator.
-        limit_elements: No input is made larger.
+        longest: Steps to try first, if fewer than usual.
 
     Returns:
         At least one feed.
@@ -205,9 +206,9 @@ def made_up_feeds(runner: Runner, seed: int, limit_elements: int = 1 << 24) -> l
     feeds: list[Feed] = []
     problem: RnnpruneError | None = None
     for modes in _modes(runner.inputs):
-        for batch, steps in _sizes(runner):
+        for batch, steps in _sizes(runner, longest):
             feed = _feed(runner.inputs, modes, batch, steps, np.random.default_rng(seed))
-            if max((a.size for a in feed.values()), default=0) > limit_elements:
+            if max((a.size for a in feed.values()), default=0) > _MAX_ELEMENTS:
                 continue
             try:
                 outputs = runner.run(feed)
@@ -239,13 +240,14 @@ def _modes(specs: Sequence[TensorSpec]) -> list[dict[str, int | float]]:
     return assignments
 
 
-def _sizes(runner: Runner) -> Iterator[tuple[int, int]]:
+def _sizes(runner: Runner, longest: int) -> Iterator[tuple[int, int]]:
     """Yields (batch, steps) to try, the most natural first; batch and steps may be mistaken."""
     dynamic = [d for s in runner.inputs for d in s.shape or () if not isinstance(d, int)]
     if not dynamic:
         yield 1, 1
         return
-    steps = tuple(dict.fromkeys((*_STEPS, *runner.size_hints)))
+    first = (longest,) if longest < _STEPS[0] else ()
+    steps = tuple(dict.fromkeys((*first, *_STEPS, *runner.size_hints)))
     for batch in dict.fromkeys((1, *runner.size_hints)):
         for step in steps:
             yield batch, step

@@ -183,12 +183,17 @@ def _writable(
     while True:
         reading = _readers(c.located for c in candidates)
         made: dict[int, Array] = {}
+        roles: dict[int, set[int]] = defaultdict(set)
+        for site in (site for c in candidates for site in c.located.sites):
+            roles[id(site.value)].add(site.index)
         refused: list[_Candidate] = []
         for candidate in candidates:
             located = candidate.located
             for site, source in zip(located.sites, candidate.sources, strict=True):
                 through_call = len(site.calls) != len(located.instance.calls)
-                if through_call and not exclusive(walker, site.value, reading):
+                if len(roles[id(site.value)]) > 1:
+                    reason = "is one tensor that serves as both W and R"
+                elif through_call and not exclusive(walker, site.value, reading):
                     reason = "is passed to a model function that also uses it for something else"
                 elif source.computed and not np.array_equal(
                     made.setdefault(id(site.value), source.read()), source.read()
@@ -196,12 +201,11 @@ def _writable(
                     reason = "is computed in a model function from arguments that differ by call"
                 else:
                     continue
+                hint = "inline the model's functions first (onnx.inliner.inline_local_functions)"
+                if not located.instance.calls:
+                    hint = "store W and R as two initializers"
                 skipped.append(
-                    Skipped(
-                        located.name,
-                        f"its weight {ROLES[site.index]} {reason}",
-                        "inline the model's functions first (onnx.inliner.inline_local_functions)",
-                    )
+                    Skipped(located.name, f"its weight {ROLES[site.index]} {reason}", hint)
                 )
                 refused.append(candidate)
                 break
@@ -226,7 +230,8 @@ def _read(site: Site, folder: Folder) -> _Source | str:
         dtype = tensor.dtype
         if not dtype.is_floating_point() or dtype.bitwidth < 16:
             return f"'{site.value.name}' has type {dtype.name}"
-        return _Source(tuple(tensor.shape.numpy()), dtype.numpy(), tensor.numpy, computed=False)
+        read = _mapped(tensor) if isinstance(tensor, ir.ExternalTensor) else tensor.numpy
+        return _Source(tuple(tensor.shape.numpy()), dtype.numpy(), read, computed=False)
     folded = folder.fold(site.value, site.calls)
     if isinstance(folded, str):
         return folded
@@ -235,24 +240,34 @@ def _read(site: Site, folder: Folder) -> _Source | str:
     return _Source(folded.shape, folded.dtype, lambda: folded, computed=True)
 
 
+def _mapped(tensor: ir.ExternalTensor) -> Callable[[], Array]:
+    """Maps external data anew for every read, so that its pages are free again after it.
+
+    The path and the sizes were checked when the model was read.
+    """
+    path, shape, dtype = tensor.path, tuple(tensor.shape.numpy()), tensor.dtype.numpy()
+    return lambda: np.memmap(path, dtype, "r", tensor.offset or 0, shape)
+
+
 class _Pool:
     """Hands out one Weight for equal contents, wherever they are stored."""
 
     def __init__(self) -> None:
-        self._by_value: dict[tuple[int, tuple[int, ...]], Weight] = {}
+        self._by_value: dict[tuple[int, int, tuple[int, ...]], Weight] = {}
         self._by_kind: dict[tuple[Any, ...], list[Weight]] = defaultdict(list)
         self._digests: dict[str, bytes] = {}
 
     def add(self, name: str, site: Site, source: _Source) -> Weight:
-        place = (id(site.value), tuple(id(c) for c in site.calls))
+        place = (id(site.value), site.index, tuple(id(c) for c in site.calls))
         if place not in self._by_value:
-            self._by_value[place] = self._unify(name, source)
+            self._by_value[place] = self._unify(name, site.index, source)
         return self._by_value[place]
 
-    def _unify(self, name: str, source: _Source) -> Weight:
+    def _unify(self, name: str, role: int, source: _Source) -> Weight:
         d, rows, columns = source.shape
         weight = Weight(name, (d, rows, columns), source.dtype, source.read)
-        same_kind = self._by_kind[weight.shape, weight.dtype]
+        # W and R are never copies of each other, even where their values are equal.
+        same_kind = self._by_kind[role, weight.shape, weight.dtype]
         for other in same_kind:
             if self._digest(other) == self._digest(weight):
                 return other

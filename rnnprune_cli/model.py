@@ -7,6 +7,7 @@ sees only the types of this module, whether the file was ONNX or TensorFlow.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -48,6 +49,11 @@ class Weight:
     def size(self) -> int:
         """Number of elements."""
         return int(np.prod(self.shape, dtype=np.int64))
+
+    @functools.cached_property
+    def nonzero(self) -> int:
+        """Number of elements that are not zero."""
+        return int(np.count_nonzero(self.read()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,6 +177,36 @@ class ExportOptions:
     values: str = "float32"
 
 
+@dataclass(frozen=True, eq=False)
+class StoredWeight:
+    """The values that a written file is meant to hold for a weight.
+
+    Attributes:
+        weight: The original.
+        mask: True where it is kept.
+        rounding: Applied to the masked values where ``--values`` asked for less precision; maps
+            ``[…, rows, columns]`` to the same shape, row by row.
+    """
+
+    weight: Weight
+    mask: BoolArray
+    rounding: Callable[[Array], Array] | None = None
+
+    def __call__(self) -> Array:
+        """Returns all values, in the shape of the weight."""
+        return self._values(self.weight.read(), self.mask)
+
+    def rows(self, start: int, stop: int) -> Array:
+        """Returns some rows, counted over both directions, as ``[rows, columns]``."""
+        columns = self.weight.shape[2]
+        values = self.weight.read().reshape(-1, columns)[start:stop]
+        return self._values(values, self.mask.reshape(-1, columns)[start:stop])
+
+    def _values(self, values: Array, mask: BoolArray) -> Array:
+        masked = np.where(mask, values, values.dtype.type(0))  # a product would leave -0.0
+        return masked if self.rounding is None else self.rounding(masked)
+
+
 @dataclass(frozen=True)
 class Saved:
     """What a save wrote.
@@ -180,8 +216,7 @@ class Saved:
         files: Everything that belongs to it (external data, variables), for size and moving.
         format: ``onnx``, ``savedmodel``, ``keras`` or ``h5``.
         exports: Weight name → how it was stored: ``dense``, ``sparse`` or ``packed``.
-        stored: Weight name → returns the values that the file is meant to hold (masked, and
-            rounded where ``--values`` asked for it).
+        stored: Weight name → the values that the file is meant to hold.
         warnings: What the user should know about the way it was stored.
     """
 
@@ -189,7 +224,7 @@ class Saved:
     files: tuple[Path, ...]
     format: str
     exports: Mapping[str, str]
-    stored: Mapping[str, Callable[[], Array]]
+    stored: Mapping[str, StoredWeight]
     warnings: tuple[str, ...] = ()
 
 
@@ -215,6 +250,8 @@ class LoadedModel(ABC):
     layers: tuple[RecurrentLayer, ...]
     skipped: tuple[Skipped, ...]
     warnings: tuple[str, ...]
+    big: bool = False
+    """So large that a run must not hold more copies of it than it needs."""
 
     @abstractmethod
     def open(self, threads: int = 1) -> Runner:

@@ -41,7 +41,7 @@ def read_proto(path: Path) -> onnx.ModelProto:
         raise RnnpruneError(f"{path} is not an ONNX model: it holds no graph", _DAMAGED)
     for tensor in tensors(proto):
         _check_tensor(tensor, path)
-    for graph in _graphs(proto):
+    for graph in graphs(proto):
         _densify(graph, path)
     _check_structure(proto, path)
     return proto
@@ -67,7 +67,7 @@ def external_files(proto: onnx.ModelProto, path: Path) -> tuple[Path, ...]:
 
 def tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     """Yields every tensor stored in a model: initializers and attributes, in all graphs."""
-    for graph in _graphs(proto):
+    for graph in graphs(proto):
         yield from graph.initializer
         for sparse in graph.sparse_initializer:
             yield from (sparse.values, sparse.indices)
@@ -81,13 +81,14 @@ def tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
 
 
 def _nodes(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
-    for graph in _graphs(proto):
+    for graph in graphs(proto):
         yield from graph.node
     for function in proto.functions:
         yield from function.node
 
 
-def _graphs(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
+def graphs(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
+    """Yields every graph of a model: main graph, branches and bodies, in functions too."""
     pending: list[Any] = [proto.graph, *proto.functions]
     while pending:
         holder = pending.pop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from rnnprune_cli.find import ROLES, Found, Site, exclusive, find, locate, reade
 from rnnprune_cli.graph import Folder, Walker, stored_tensor
 from rnnprune_cli.model import (
     Array,
+    Claim,
     ExportOptions,
     LoadedModel,
     Masks,
@@ -23,6 +25,7 @@ from rnnprune_cli.model import (
     RecurrentLayer,
     Runner,
     Saved,
+    StoredWeight,
     Weight,
 )
 from rnnprune_cli.onnx_file import deserialize, external_files, read_proto
@@ -37,6 +40,8 @@ Values = Mapping[str, Callable[[], Array]]
 
 MAX_INLINE_BYTES = 1_900 << 20
 """A protobuf file holds less than 2 GiB; larger models keep their weights beside it."""
+MAX_UNPACKED_BYTES = 128 << 20
+"""Larger weights are not packed unasked: unpacking takes about five times their size."""
 PROVENANCE = "rnnprune"
 """Key of ``metadata_props`` under which tool version and plan are written."""
 
@@ -60,6 +65,7 @@ class OnnxModel(LoadedModel):
         proto = read_proto(path)
         self.files = (path, *external_files(proto, path))
         self._external = len(self.files) > 1
+        self.big = sum(f.stat().st_size for f in self.files) > BIG_MODEL_BYTES
         model = deserialize(proto, path)
         walker = Walker(model)
         self._found: Found = find(walker)
@@ -69,7 +75,6 @@ class OnnxModel(LoadedModel):
             part for part in (model.producer_name, model.producer_version) if part
         )
         self.opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx"))
-        self._ir_version = model.ir_version
         self._obstacles = {
             what: name
             for name, node, layer in self._executed(walker)
@@ -83,10 +88,6 @@ class OnnxModel(LoadedModel):
     @property
     def _weights(self) -> dict[str, Weight]:
         return {w.name: w for layer in self.layers for w in layer.weights}
-
-    @property
-    def _big(self) -> bool:
-        return sum(f.stat().st_size for f in self.files) > BIG_MODEL_BYTES
 
     def _file_warnings(self, proto: onnx.ModelProto) -> Iterator[str]:
         if proto.training_info:
@@ -136,7 +137,7 @@ class OnnxModel(LoadedModel):
         if self._obstacles:
             model = deserialize(read_proto(path), path)
             return self._open_ir(model, self._inlined(model), threads)
-        return OnnxRunner(path, threads, self._inputs, self._outputs, self._hints, self._big)
+        return OnnxRunner(path, threads, self._inputs, self._outputs, self._hints, self.big)
 
     def _executed(self, walker: Walker) -> Iterator[tuple[str, ir.Node, RecurrentLayer]]:
         """Yields every executed recurrent node of a copy of the model with its layer."""
@@ -157,7 +158,7 @@ class OnnxModel(LoadedModel):
         self, model: ir.Model, executed: list[tuple[ir.Node, RecurrentLayer]], threads: int
     ) -> Runner:
         make_runnable(executed)
-        if not self._external and not self._big:
+        if not self._external and not self.big:
             return OnnxRunner(
                 ir.to_proto(model).SerializeToString(),
                 threads,
@@ -168,7 +169,7 @@ class OnnxModel(LoadedModel):
         with tempfile.TemporaryDirectory(prefix="rnnprune-") as folder:
             path = Path(folder) / "model.onnx"
             ir.save(model, path, external_data="model.onnx.data")
-            return OnnxRunner(path, threads, self._inputs, self._outputs, self._hints, self._big)
+            return OnnxRunner(path, threads, self._inputs, self._outputs, self._hints, self.big)
 
     # Writing
 
@@ -187,26 +188,24 @@ class OnnxModel(LoadedModel):
         walker = Walker(model)
         placer = Placer(walker, readers(walker, self._found), options.values)
         forms: dict[str, str] = {}
-        masked: dict[str, Callable[[], Array]] = {}
-        stored: dict[str, Callable[[], Array]] = {}
+        masked: dict[str, StoredWeight] = {}
+        stored: dict[str, StoredWeight] = {}
         warnings: list[str] = []
         for weight_name, mask in masks.items():
             weight = self._weights[weight_name]
             form, why_not = self._choose(weight, mask, options)
             forms[weight_name] = form
             warnings.extend([why_not] if why_not else [])
-            masked[weight_name] = _masked(weight, mask)
-            stored[weight_name] = (
-                _rounded(masked[weight_name], options.values)
-                if form == "packed"
-                else masked[weight_name]
-            )
+            masked[weight_name] = stored[weight_name] = StoredWeight(weight, mask)
+            if form == "packed" and options.values != "float32":
+                rounding = packed.rounding(options.values)
+                stored[weight_name] = StoredWeight(weight, mask, rounding)
         sparse_names: set[str] = set()
         for site, weight in self._sites(walker):
             if weight.name in stored:
                 form = forms[weight.name]
                 kept = placer.place(site, weight, masked[weight.name], form)
-                if form == "sparse" and kept is not None:
+                if form == "sparse":
                     sparse_names.add(kept)
         placer.clean()
         model.metadata_props[PROVENANCE] = note
@@ -234,14 +233,19 @@ class OnnxModel(LoadedModel):
         opset = self.opset or 1
         sizes = {"dense": weight.size * weight.dtype.itemsize}
         reasons = {}
+        if options.export == "auto" and sizes["dense"] > MAX_UNPACKED_BYTES:
+            return "dense", (
+                f"weights over {MAX_UNPACKED_BYTES >> 20} MiB are stored dense: unpacking takes"
+                " several times their size when the model is loaded; --export packed does it"
+            )
         if opset < packed.MIN_OPSET:
             reasons["packed"] = (
                 f"opset {opset} has no operators to unpack with (needs {packed.MIN_OPSET})"
             )
         else:
             sizes["packed"] = packed.smallest(weight.size, nonzero, itemsize, opset)[1]
-        if self._ir_version < sparse.MIN_IR_VERSION:
-            reasons["sparse"] = f"IR version {self._ir_version} has no sparse_initializer"
+        if opset < sparse.MIN_OPSET:
+            reasons["sparse"] = f"opset {opset} has no sparse tensors (needs {sparse.MIN_OPSET})"
         elif options.values == "float32":
             sizes["sparse"] = sparse.nbytes(nonzero, weight.dtype.itemsize)
         if options.export == "dense":
@@ -258,7 +262,7 @@ class OnnxModel(LoadedModel):
         if self._external or size > MAX_INLINE_BYTES:
             if sparse_names:
                 raise UsageError(
-                    "sparse initializers cannot be kept in external data",
+                    "sparse tensors cannot be kept in external data",
                     "use --export packed or --export dense for a model of this size",
                 )
             data = f"{path.name}.data"
@@ -287,6 +291,35 @@ class OnnxModel(LoadedModel):
                 raise NotEquivalentError(f"weight '{weight.name}' cannot be read back: {values}")
             yield weight.name, values
 
+    def verify_untouched(self, saved: Saved) -> list[Claim]:
+        """For a big model: the graph and every other tensor are as they were.
+
+        Together with the weights that were read back this proves what running two more copies
+        would, if every weight is still an initializer in its old place.
+        """
+        models = [self.fresh(), deserialize(read_proto(saved.path), saved.path)]
+        in_place = all(
+            stored_tensor(s.value) is not None for s, _ in self._sites(Walker(models[0]))
+        )
+        if not self.big or not in_place or set(saved.exports.values()) != {"dense"}:
+            return []
+        models[1].metadata_props.pop(PROVENANCE, None)
+        skeletons = []
+        for model in models:
+            weights = {id(site.value) for site, _ in self._sites(Walker(model))}
+            digest = hashlib.sha256()
+            for value in _constants(model):
+                tensor = stored_tensor(value)
+                if tensor is not None and id(value) not in weights:
+                    digest.update(tensor.tobytes())
+                if value.is_initializer() and tensor is not None:
+                    value.const_value = ir.tensor(np.zeros((), np.uint8), name=value.name)
+            skeletons.append((ir.to_proto(model).SerializeToString(deterministic=True), digest))
+        same = skeletons[0][0] == skeletons[1][0]
+        same = same and skeletons[0][1].digest() == skeletons[1][1].digest()
+        claim = "nothing but the pruned weights differs from the original file"
+        return [Claim(claim, same, 0.0 if same else float("inf"), 0.0)]
+
     def count(self) -> ParameterCount:
         """Counts floating-point weights; see :meth:`LoadedModel.count`.
 
@@ -313,7 +346,7 @@ class OnnxModel(LoadedModel):
                 nonzero += int(np.count_nonzero(tensor.numpy()))
         for weight in self._weights.values():
             parameters += weight.size
-            nonzero += int(np.count_nonzero(weight.read()))
+            nonzero += weight.nonzero
         return ParameterCount(parameters, nonzero)
 
 
@@ -325,16 +358,3 @@ def _constants(model: ir.Model) -> Iterator[ir.Value]:
             for node in graph:
                 if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
                     yield node.outputs[0]
-
-
-def _masked(weight: Weight, mask: Array) -> Callable[[], Array]:
-    zero = weight.dtype.type(0)  # multiplying would leave -0.0
-    return lambda: np.where(mask, weight.read(), zero)
-
-
-def _rounded(read: Callable[[], Array], values: str) -> Callable[[], Array]:
-    def rounded() -> Array:
-        weight = read()
-        return packed.dense(*packed.rounded(weight, values), weight.dtype)
-
-    return rounded

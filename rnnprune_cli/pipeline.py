@@ -9,6 +9,7 @@ import functools
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -42,7 +43,7 @@ from rnnprune_cli.model import (
     Stage,
     Weight,
 )
-from rnnprune_cli.select import check_scope, select
+from rnnprune_cli.select import check_scope, families, select
 from rnnprune_cli.verify import (
     CONVERSION_TOLERANCE,
     require,
@@ -56,7 +57,7 @@ Progress = Callable[[str], None]
 EXPORTS = {
     "auto": "for each weight, the smallest form that is exact",
     "dense": "zeros stay where the weights were",
-    "sparse": "sparse_initializer, where that is smaller",
+    "sparse": "ONNX sparse tensors (values and positions), where that is smaller",
     "packed": "nonzero values and a bitmap or gaps, unpacked by standard operators at load",
 }
 """Name → summary of every export form."""
@@ -108,6 +109,8 @@ def prune(options: PruneOptions, arguments: Mapping[str, Any], progress: Progres
     progress(f"reading {options.model}")
     source = load(options.model, options.signature, options.threads)
     with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(1))
+        described = pool.submit(_describe, source.files)
         model = source
         if output_format == "onnx" and source.format != "onnx":
             progress("converting to ONNX")
@@ -124,23 +127,25 @@ def prune(options: PruneOptions, arguments: Mapping[str, Any], progress: Progres
             progress(f"reading {options.data}")
             data = load_dataset(options.data, original.inputs)
         progress("verifying")
-        feeds = _feeds(original, data, options.seed)
-        claims = _verify(source, model, saved, feeds, original, options.threads)
+        feeds = _feeds(original, model.layers, data, options.seed)
+        claim, nonzero = verify_weights(model, saved)
+        claims = [claim, *_verify(source, model, saved, feeds, original, options.threads)]
         require(claims)
-        run = _Run(options, source, model, saved, original, data, feeds)
-        before, after, ratios, warnings = _measured(run, progress)
+        run = _Run(options, source, model, saved, original, data, feeds, nonzero)
+        files_before, files_after = described.result(), _describe(saved.files)
+        before, after, ratios, warnings = _measured(run, files_before, files_after, progress)
         report = Report(
             arguments=dict(arguments),
             model=ModelInfo(
                 str(source.path),
                 source.format,
-                measure.sha256(source.files),
+                files_before.sha256,
                 source.producer,
                 source.opset,
             ),
-            output=OutputInfo(str(output), saved.format, measure.sha256(saved.files)),
+            output=OutputInfo(str(output), saved.format, files_after.sha256),
             plan=plan,
-            layers=_layer_rows(model.layers, saved, blocked),
+            layers=_layer_rows(model.layers, nonzero, blocked),
             skipped=model.skipped,
             before=before,
             after=after,
@@ -367,11 +372,11 @@ def make_masks(
     for layer in layers:
         if layer not in chosen:
             protected.update({w.name: layer.name for w in layer.weights})
-    weights: dict[str, tuple[int, Weight]] = {}
+    weights: dict[str, int] = {}
     for number, weight in enumerate(_weights(layers)):
         users = [layer for layer in chosen if weight in layer.weights]
         if users and weight.name not in protected:
-            weights[weight.name] = (number, weight)
+            weights[weight.name] = number
         for layer in users:
             if weight.name in protected:
                 blocked[layer.name] = (
@@ -379,13 +384,13 @@ def make_masks(
                 )
     score = find_method(stage.method).score
     masks: dict[str, BoolArray] = {}
-    together = (
-        [list(weights.values())] if stage.scope == "global" else [[v] for v in weights.values()]
-    )
-    for group in together:
-        progress(f"scoring {group[0][1].name}" if len(group) == 1 else "scoring all layers")
-        scores = {w.name: score(w, np.random.default_rng([seed, n])) for n, w in group}
-        masks.update(select(scores, [w for _, w in group], stage.scope, stage.sparsity))
+    every = [tuple(w for w in f if w.name in weights) for f in families(layers)]
+    if stage.scope == "global":
+        every = [tuple(w for family in every for w in family)]
+    for family in filter(None, every):
+        progress(f"scoring {', '.join(w.name for w in family[:2])}")
+        scores = {w.name: score(w, np.random.default_rng([seed, weights[w.name]])) for w in family}
+        masks.update(select(scores, family, stage.scope, stage.sparsity))
     if stage.sparsity > 0 and all(mask.all() for mask in masks.values()):
         raise RnnpruneError(
             f"sparsity {stage.sparsity:g} removes not a single weight: the layers are too small, or"
@@ -396,12 +401,11 @@ def make_masks(
 
 
 def _layer_rows(
-    layers: Sequence[RecurrentLayer], saved: Saved, blocked: Mapping[str, str]
+    layers: Sequence[RecurrentLayer], nonzero: Mapping[str, int], blocked: Mapping[str, str]
 ) -> tuple[LayerRow, ...]:
-    nonzero = {w.name: _nonzero(w, saved) for w in _weights(layers)}
     rows = []
     for layer in layers:
-        left = sum(nonzero[w.name] for w in layer.weights)
+        left = sum(nonzero.get(w.name, w.nonzero) for w in layer.weights)
         size = layer.macs_per_step
         rows.append(
             LayerRow(
@@ -425,18 +429,19 @@ def _weights(layers: Sequence[RecurrentLayer]) -> tuple[Weight, ...]:
     return tuple(dict.fromkeys(w for layer in layers for w in layer.weights))
 
 
-def _nonzero(weight: Weight, saved: Saved | None = None) -> int:
-    """Counts what is not zero in a weight, or in what was stored for it."""
-    read = weight.read if saved is None else saved.stored.get(weight.name, weight.read)
-    return int(np.count_nonzero(read()))
-
-
 # Verifying and measuring
 
 
-def _feeds(original: Runner, data: Dataset | None, seed: int) -> list[Feed]:
+_MACS_OF_MADE_UP_FEED = 300_000_000
+"""Made-up sequences are shorter for large models, so that one call stays below a second."""
+
+
+def _feeds(
+    original: Runner, layers: Sequence[RecurrentLayer], data: Dataset | None, seed: int
+) -> list[Feed]:
     if data is None:
-        return made_up_feeds(original, seed)
+        macs = sum(layer.macs_per_step for layer in layers)
+        return made_up_feeds(original, seed, max(1, _MACS_OF_MADE_UP_FEED // macs))
     bounds = list(data.batches(_VERIFIED_SAMPLES))[: 1 if not data.stacked else _VERIFIED_SAMPLES]
     return [data.feed(start, stop) for start, stop in bounds]
 
@@ -449,7 +454,7 @@ def _verify(
     original: Runner,
     threads: int,
 ) -> list[Claim]:
-    claims = [verify_weights(model, saved)]
+    claims = model.verify_untouched(saved)
     names = [o.name for o in original.outputs]
     if model is not source:
         claims.append(
@@ -460,7 +465,9 @@ def _verify(
                 CONVERSION_TOLERANCE,
             )
         )
-    claims += model.verify_untouched(saved)
+    if model.big and claims:
+        # Held against each other bit by bit; two more copies in memory would prove no more.
+        return claims
     if model.format == "onnx":
         unpruned = {weight.name: weight.read for weight in _weights(model.layers)}
         claims.append(
@@ -491,6 +498,7 @@ class _Run:
     original: Runner
     data: Dataset | None
     feeds: Sequence[Feed]
+    nonzero: Mapping[str, int]
 
     @functools.cached_property
     def pruned(self) -> Runner:
@@ -510,8 +518,22 @@ def _fidelity(run: _Run, progress: Progress) -> tuple[OutputFidelity, ...]:
     )
 
 
+@dataclass(frozen=True)
+class _Files:
+    """Identity and size of a model's files."""
+
+    sha256: str
+    bytes: int
+    gzip_bytes: int
+    gzip_estimated: bool
+
+
+def _describe(files: Sequence[Path]) -> _Files:
+    return _Files(measure.sha256(files), measure.total_bytes(files), *measure.gzip_bytes(files))
+
+
 def _measured(
-    run: _Run, progress: Progress
+    run: _Run, files_before: _Files, files_after: _Files, progress: Progress
 ) -> tuple[Measurement, Measurement, Ratios, tuple[str, ...]]:
     """Measures the original and the written model, side by side."""
     options, data = run.options, run.data
@@ -529,18 +551,16 @@ def _measured(
     count = run.source.count()
     weights = _weights(run.model.layers)
     recurrent = sum(w.size for w in weights)
-    nonzero_before = sum(_nonzero(w) for w in weights)
-    nonzero_after = sum(_nonzero(w, run.saved) for w in weights)
-    gzip_before, estimated_before = measure.gzip_bytes(run.source.files)
-    gzip_after, estimated_after = measure.gzip_bytes(run.saved.files)
+    nonzero_before = sum(w.nonzero for w in weights)
+    nonzero_after = sum(run.nonzero.get(w.name, w.nonzero) for w in weights)
     macs = sum(layer.macs_per_step for layer in run.model.layers)
     before = Measurement(
         parameters=count.parameters,
         nonzero=count.nonzero,
         recurrent_parameters=recurrent,
         recurrent_nonzero=nonzero_before,
-        bytes=measure.total_bytes(run.source.files),
-        gzip_bytes=gzip_before,
+        bytes=files_before.bytes,
+        gzip_bytes=files_before.gzip_bytes,
         macs_per_step=macs,
         latency_ms=latency_before,
         metric=metric_before,
@@ -549,8 +569,8 @@ def _measured(
         before,
         nonzero=count.nonzero - nonzero_before + nonzero_after,
         recurrent_nonzero=nonzero_after,
-        bytes=measure.total_bytes(run.saved.files),
-        gzip_bytes=gzip_after,
+        bytes=files_after.bytes,
+        gzip_bytes=files_after.gzip_bytes,
         latency_ms=latency_after,
         metric=metric_after,
     )
@@ -561,10 +581,11 @@ def _measured(
         gzip_bytes=after.gzip_bytes / before.gzip_bytes,
         latency=ratio,
     )
-    return before, after, ratios, tuple(_advice(run, ratios, estimated_before or estimated_after))
+    estimated = files_before.gzip_estimated or files_after.gzip_estimated
+    return before, after, ratios, tuple(_advice(run, estimated))
 
 
-def _advice(run: _Run, ratios: Ratios, gzip_estimated: bool) -> Iterator[str]:
+def _advice(run: _Run, gzip_estimated: bool) -> Iterator[str]:
     if run.options.stage.sparsity == 0:
         yield "sparsity 0 removes nothing; give --sparsity 0.7 to remove 70 % of the weights"
     if run.data is None:

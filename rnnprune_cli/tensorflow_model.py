@@ -160,7 +160,7 @@ class TensorFlowModel(LoadedModel):
         captures = (recurrence.w, recurrence.r)
         located = [self._addresses[capture] for capture in captures]
         if not all(located):
-            reason = "its variables cannot be told apart in the file"
+            reason = "it cannot be told which of the stored variables are its weights"
             hint = "save the model again with the current TensorFlow"
             self.skipped = (*self.skipped, Skipped(name, reason, hint))
             return None

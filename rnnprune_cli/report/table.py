@@ -170,8 +170,7 @@ def inspect_table(model: LoadedModel) -> RenderableType:
 
 def zeros(layer: RecurrentLayer) -> float:
     """Returns the share of a layer's weights that is zero."""
-    nonzero = sum(int((w.read() != 0).sum()) for w in layer.weights)
-    return 1 - nonzero / layer.macs_per_step
+    return 1 - sum(w.nonzero for w in layer.weights) / layer.macs_per_step
 
 
 def methods_table(

@@ -12,6 +12,7 @@ onnxruntime does not fold it.)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +64,7 @@ def rounded(weight: Array, values: str) -> tuple[Array, Array | None]:
     """Rounds a weight to the precision in which its values are stored.
 
     Args:
-        weight: ``[directions, rows, columns]``.
+        weight: ``[…, rows, columns]``.
         values: ``float32`` (unchanged), ``float16`` or ``int8``.
 
     Returns:
@@ -81,7 +82,7 @@ def rounded(weight: Array, values: str) -> tuple[Array, Array | None]:
             )
         return half, None
     if values == "int8":
-        scale = (np.abs(weight).max(axis=2, keepdims=True) / 127).astype(weight.dtype)
+        scale = (np.abs(weight).max(axis=-1, keepdims=True) / 127).astype(weight.dtype)
         scale[scale == 0] = 1
         return np.rint(weight / scale).astype(np.int8), scale
     return weight, None
@@ -91,6 +92,15 @@ def dense(stored: Array, scale: Array | None, dtype: np.dtype[Any]) -> Array:
     """Returns the dense weight that stored values stand for; the inverse of :func:`rounded`."""
     weight: Array = stored.astype(dtype, copy=False)
     return weight if scale is None else weight * scale
+
+
+def rounding(values: str) -> Callable[[Array], Array]:
+    """Returns the function that rounds a weight as packing it with these values does."""
+
+    def apply(weight: Array) -> Array:
+        return dense(*rounded(weight, values), weight.dtype)
+
+    return apply
 
 
 def smallest(size: int, nonzero: int, itemsize: int, opset: int) -> tuple[str, int]:

@@ -48,7 +48,7 @@ class Placer:
         self._replaced: list[ir.Value] = []
         self._renames: list[tuple[ir.Value, str]] = []
 
-    def place(self, site: Site, weight: Weight, read: Callable[[], Array], form: str) -> str | None:
+    def place(self, site: Site, weight: Weight, read: Callable[[], Array], form: str) -> str:
         """Gives one reader its new weight.
 
         Args:
@@ -58,18 +58,18 @@ class Placer:
             form: ``dense``, ``sparse`` or ``packed``.
 
         Returns:
-            The name of the initializer that holds a dense or sparse weight; None where there is no
-            initializer (a function body, a packed weight).
+            The name of the value that holds the weight.
         """
         old = site.value
         if id(old) in self._placed:
-            return old.name
+            return old.name or ""
         if old.is_graph_input() and self._walker.model.ir_version >= 4:
             form = "dense"  # callers may override it, so it has to stay an initializer
         own = stored_tensor(old) is not None and exclusive(self._walker, old, self._readers)
-        if own and (form == "dense" or (form == "sparse" and old.is_initializer())):
+        if own and form != "packed":
             self._placed.add(id(old))
-            return self._set(old, lazy_tensor(weight, read))
+            self._set(old, lazy_tensor(weight, read))
+            return old.name or ""
         root = self._walker.root(old.graph if own else site.node.graph)
         key = (weight.name, id(root))
         if key not in self._made:
@@ -82,7 +82,7 @@ class Placer:
         self._replaced.append(old)
         if own and old.graph is root and old.name:
             self._renames.append((new, old.name))
-        return new.name if new.is_initializer() else None
+        return new.name or ""
 
     def _make(
         self, root: ir.Graph, weight: Weight, read: Callable[[], Array], form: str
@@ -100,18 +100,17 @@ class Placer:
             return packed.emit(packed.pack(read(), self._values, build.opset), build, name)
         return build.constant(weight.name, lazy_tensor(weight, read))
 
-    def _set(self, value: ir.Value, tensor: ir.LazyTensor) -> str | None:
+    def _set(self, value: ir.Value, tensor: ir.LazyTensor) -> None:
         if value.is_initializer():
             tensor.name = value.name
             value.const_value = tensor
-            return value.name
+            return
         node = value.producer()
         assert node is not None  # stored_tensor found it at a Constant
         for name in list(node.attributes):
             del node.attributes[name]
         node.attributes["value"] = ir.AttrTensor("value", tensor)
         value.const_value = None
-        return None
 
     def clean(self) -> None:
         """Removes replaced weights and what only fed them; the new ones take over free names."""

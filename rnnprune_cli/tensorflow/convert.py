@@ -10,6 +10,7 @@ from typing import Any
 import onnx
 
 from rnnprune_cli.errors import RnnpruneError
+from rnnprune_cli.tensorflow.canonical import canonicalize
 from rnnprune_cli.tensorflow.runtime import (
     DAMAGED,
     Program,
@@ -85,6 +86,7 @@ def convert(path: Path, program: Program, stateful: bool, opset: int) -> onnx.Mo
             f"{path}: cannot become ONNX: no equivalent of {', '.join(unknown)}", _HINT
         )
     _check_names(path, model, program)
+    canonicalize(model)
     return model
 
 

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import hashlib
 import importlib
@@ -19,6 +20,7 @@ import shutil
 import tempfile
 import warnings
 import zipfile
+import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -53,6 +55,7 @@ _SAFE_NAMESPACES = (
     "__operators__",
 )
 _UNSAFE_FUNCTIONS = ("py_function", "numpy_function", "load_library", "load_op_library", "function")
+_UNREADABLE = (*DAMAGED, zipfile.BadZipFile, zlib.error)
 _DAMAGED_HINT = "check that the copy is complete, or download it again"
 _CODE_HINT = "export the model as a SavedModel where its code is at hand, and prune that"
 
@@ -73,7 +76,7 @@ class KerasStore(Store):
         try:
             self.format = "keras" if zipfile.is_zipfile(path) else "h5"
             config, version = self._inspect()
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile, RecursionError) as error:
+        except _UNREADABLE as error:
             raise RnnpruneError(
                 f"{path}: cannot be read: {first_line(error)}", _DAMAGED_HINT
             ) from error
@@ -126,7 +129,7 @@ class KerasStore(Store):
                         shutil.copyfileobj(source, copy)
                     self._edit(weights, changes, "")
                     self._pack(archive, weights, target, note)
-        except (OSError, zipfile.BadZipFile) as error:
+        except _UNREADABLE as error:
             raise RnnpruneError(
                 f"{target}: cannot write the model: {first_line(error)}",
                 "check the free space and the permissions",
@@ -232,20 +235,26 @@ class KerasStore(Store):
 
     @contextlib.contextmanager
     def _weights(self, path: Path) -> Iterator[Any]:
-        """Opens the HDF5 file, or the one inside the archive, for reading."""
+        """Opens the HDF5 file, or the one inside the archive, for reading.
+
+        HDF5 finds damage only where it reads, so that any access can fail.
+        """
         import h5py
 
-        if self.format == "h5":
-            with h5py.File(path, "r") as file:
-                yield file
-            return
-        # HDF5 needs random access, and a disk holds more than memory.
-        with zipfile.ZipFile(path) as archive, tempfile.TemporaryFile() as copy:
-            with archive.open(_WEIGHTS) as stream:
-                shutil.copyfileobj(stream, copy)
-            copy.seek(0)
-            with h5py.File(copy, "r") as file:
-                yield file
+        with contextlib.ExitStack() as stack:
+            try:
+                source: Any = path
+                if self.format == "keras":
+                    # HDF5 needs random access, and a disk holds more than memory.
+                    source = stack.enter_context(tempfile.TemporaryFile())
+                    with zipfile.ZipFile(path) as archive, archive.open(_WEIGHTS) as stream:
+                        shutil.copyfileobj(stream, source)
+                    source.seek(0)
+                yield stack.enter_context(h5py.File(source, "r"))
+            except _UNREADABLE as error:
+                raise RnnpruneError(
+                    f"{path}: cannot be read: {first_line(error)}", _DAMAGED_HINT
+                ) from error
 
 
 def _check_size(path: Path, unpacked: int, stored: int) -> None:
@@ -310,17 +319,25 @@ def _refuse_code(path: Path, config: Any) -> None:  # noqa: ANN401  parsed JSON
             pending.extend(item)
         if not isinstance(item, dict):
             continue
-        pending.extend(item.values())
+        # Losses and metrics are not loaded.
+        pending.extend(value for key, value in item.items() if key != "compile_config")
         kind, module = str(item.get("class_name", "")), item.get("module")
         if kind in ("Lambda", "__lambda__"):
             raise RnnpruneError(f"{path}: a Lambda layer holds Python code", _CODE_HINT)
-        if isinstance(module, str) and module.split(".")[0] not in _SAFE_MODULES:
+        if isinstance(module, str) and not _is_keras(module, kind, item.get("config")):
             raise RnnpruneError(f"{path}: '{kind}' is code of {module}, not of Keras", _CODE_HINT)
         if kind == "TFOpLambda":
             settings = item.get("config")
             function = str(settings.get("function")) if isinstance(settings, dict) else ""
             if not _is_safe_function(function):
                 raise RnnpruneError(f"{path}: a layer calls tf.{function}", _CODE_HINT)
+
+
+def _is_keras(module: str, kind: str, config: Any) -> bool:  # noqa: ANN401
+    """Whether an object is Keras's own; its functions claim to be of ``builtins``, by name."""
+    if module == "builtins":
+        return kind == "function" and isinstance(config, str) and not hasattr(builtins, config)
+    return module.split(".")[0] in _SAFE_MODULES
 
 
 def _is_safe_function(name: str) -> bool:
@@ -364,7 +381,7 @@ def _failure(tf: Any, package: str, named: Path, target: Path) -> str | None:  #
             keras = importlib.import_module(package)
             model = keras.models.load_model(str(named), compile=False, safe_mode=True)
             _write_savedmodel(tf, keras, model, target)
-    except (*DAMAGED, ImportError, zipfile.BadZipFile, tf.errors.OpError) as error:
+    except (*_UNREADABLE, ImportError, tf.errors.OpError) as error:
         return first_line(error)
     return None
 

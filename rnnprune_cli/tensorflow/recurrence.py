@@ -25,7 +25,7 @@ from rnnprune_cli.model import GATES, Op, Skipped
 _CALLS = {"PartitionedCall", "StatefulPartitionedCall", "TPUPartitionedCall"}
 _LOOPS = {"While", "StatelessWhile"}
 _BRANCHES = {"If", "StatelessIf", "Case", "StatelessCase"}
-_OLD_LOOPS = {"Enter", "RefEnter", "NextIteration", "RefNextIteration"}
+_OLD_LOOPS = {"Enter", "RefEnter"}
 _FUSED = {
     "CudnnRNN",
     "CudnnRNNV2",

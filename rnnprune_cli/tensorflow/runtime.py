@@ -179,12 +179,22 @@ class Program:
         return found
 
     def analyse(self) -> Findings:
-        """Searches the graph for recurrent layers."""
+        """Searches the graph for recurrent layers.
+
+        Raises:
+            RnnpruneError: If its functions are nested beyond reason.
+        """
         inputs = [tensor.name.split(":")[0] for tensor in self.function.inputs]
         captures = inputs[len(inputs) - len(self.variables) :]
         own = inputs[: len(inputs) - len(self.variables)]
         graph = self.function.graph.as_graph_def()
-        return find_recurrences(graph, own, list(zip(captures, self.matrices(), strict=True)))
+        try:
+            return find_recurrences(graph, own, list(zip(captures, self.matrices(), strict=True)))
+        except RecursionError as error:
+            raise RnnpruneError(
+                f"the functions of the signature '{self.signature}' call one another too deeply",
+                "save the model again without recursive functions",
+            ) from error
 
     def name(self, capture: int) -> str:
         """Name of a captured variable."""

@@ -197,13 +197,8 @@ class SavedModelStore(Store):
             return {}
         nodes = self._objects.nodes
         stored = self._reader.get_variable_to_dtype_map()
-        if _OBJECT_GRAPH not in stored:
-            # A TensorFlow 1 checkpoint: variables are stored under their names.
-            return {
-                index: node.variable.name
-                for index, node in enumerate(nodes)
-                if node.WhichOneof("kind") == "variable" and node.variable.name in stored
-            }
+        if not nodes or _OBJECT_GRAPH not in stored:
+            return {}  # saved by TensorFlow 1
         from tensorflow.core.protobuf import trackable_object_graph_pb2
 
         graph = trackable_object_graph_pb2.TrackableObjectGraph()

@@ -1,0 +1,134 @@
+"""Small models built with onnx alone, and helpers that every test shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from rnnprune_cli.model import GATES, ExportOptions, Report, Stage
+from rnnprune_cli.pipeline import PruneOptions, prune
+
+GRAPHS = Path(__file__).parent / "graphs"
+SAMPLES = Path(__file__).parent.parent / "sample_models"
+
+
+def weights(
+    op: str, hidden: int, inputs: int, directions: int, seed: int, dtype: type = np.float32
+) -> dict[str, np.ndarray]:
+    """Seeded W, R, B of one recurrent operator, in ONNX layout."""
+    rng = np.random.default_rng(seed)
+    rows = GATES[op] * hidden
+    shapes = {
+        "W": (directions, rows, inputs),
+        "R": (directions, rows, hidden),
+        "B": (directions, 2 * rows),
+    }
+    return {k: (0.4 * rng.standard_normal(s)).astype(dtype) for k, s in shapes.items()}
+
+
+def recurrent_model(
+    op: str = "LSTM",
+    direction: str = "forward",
+    hidden: int = 12,
+    inputs: int = 7,
+    bias: bool = True,
+    linear_before_reset: int = 0,
+    opset: int = 17,
+    ir_version: int = 8,
+    seed: int = 0,
+    dtype: type = np.float32,
+    tensors: dict[str, np.ndarray] | None = None,
+) -> onnx.ModelProto:
+    """One recurrent operator, x [steps, batch, inputs] → y, with its weights as initializers."""
+    directions = 2 if direction == "bidirectional" else 1
+    values = tensors or weights(op, hidden, inputs, directions, seed, dtype)
+    attributes: dict[str, object] = {"hidden_size": hidden, "direction": direction}
+    if op == "GRU" and linear_before_reset:
+        attributes["linear_before_reset"] = 1
+    names = ["x", "W", "R", *(["B"] if bias else [])]
+    node = helper.make_node(op, names, ["y"], name="rnn", **attributes)
+    elem = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    initializers = [numpy_helper.from_array(values[n], n) for n in names[1:]]
+    graph = helper.make_graph(
+        [node],
+        "graph",
+        [helper.make_tensor_value_info("x", elem, ["steps", "batch", inputs])],
+        [helper.make_tensor_value_info("y", elem, ["steps", directions, "batch", hidden])],
+        initializers,
+        doc_string="a graph",
+    )
+    model = helper.make_model(
+        graph,
+        opset_imports=[helper.make_opsetid("", opset)],
+        ir_version=ir_version,
+        producer_name="tests",
+    )
+    helper.set_model_props(model, {"owner": "tests"})
+    return model
+
+
+def run(model: onnx.ModelProto | Path, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """Runs a model with onnxruntime."""
+    source = str(model) if isinstance(model, Path) else model.SerializeToString()
+    return ort.InferenceSession(source, providers=["CPUExecutionProvider"]).run(None, feed)
+
+
+def initializers(model: onnx.ModelProto | Path) -> dict[str, np.ndarray]:
+    """The dense initializers of a model's main graph."""
+    proto = onnx.load(str(model)) if isinstance(model, Path) else model
+    return {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
+
+
+Prune = Callable[..., Report]
+
+
+@pytest.fixture
+def prune_model(tmp_path: Path) -> Prune:
+    """Prunes a model without spending time on timing; returns the report."""
+
+    def call(
+        model: onnx.ModelProto | Path,
+        sparsity: float = 0.5,
+        *,
+        output: Path | None = None,
+        method: str = "magnitude",
+        scope: str = "row",
+        export: str = "auto",
+        values: str = "float32",
+        layers: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        data: Path | None = None,
+        seed: int = 0,
+        force: bool = False,
+        signature: str | None = None,
+        metric: str = "auto",
+    ) -> Report:
+        if isinstance(model, onnx.ModelProto):
+            path = tmp_path / "model.onnx"
+            path.write_bytes(model.SerializeToString())
+        else:
+            path = model
+        options = PruneOptions(
+            model=path,
+            output=output or tmp_path / "out.onnx",
+            stage=Stage(method, "weight", scope, sparsity, tuple(layers), tuple(exclude)),
+            seed=seed,
+            data=data,
+            metric=metric,
+            export=ExportOptions(export, values),
+            signature=signature,
+            force=force,
+            latency_seconds=0.0,
+        )
+        return prune(options, {}, lambda step: None)
+
+    return call
+
+
+__all__ = ["GRAPHS", "SAMPLES", "TensorProto", "initializers", "recurrent_model", "run", "weights"]

@@ -1,0 +1,202 @@
+"""Files that are damaged, hostile or merely unusual."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from conftest import initializers, recurrent_model, run
+from onnx import TensorProto, helper, numpy_helper
+
+from rnnprune_cli.errors import ExitCode, RnnpruneError
+
+
+def broken(change) -> onnx.ModelProto:
+    model = recurrent_model()
+    change(model)
+    return model
+
+
+def tensor(model: onnx.ModelProto, name: str) -> TensorProto:
+    return next(t for t in model.graph.initializer if t.name == name)
+
+
+def wrong_w(model):
+    tensor(model, "W").CopyFrom(numpy_helper.from_array(np.zeros((1, 40, 7), np.float32), "W"))
+
+
+def wrong_rank(model):
+    tensor(model, "W").CopyFrom(numpy_helper.from_array(np.zeros((48, 7), np.float32), "W"))
+
+
+def wrong_hidden_size(model):
+    for attr in model.graph.node[0].attribute:
+        if attr.name == "hidden_size":
+            attr.i = 13
+
+
+def nan_weights(model):
+    values = numpy_helper.to_array(tensor(model, "R")).copy()
+    values[0, 3, 4] = np.nan
+    tensor(model, "R").CopyFrom(numpy_helper.from_array(values, "R"))
+
+
+def cycle(model):
+    first = helper.make_node("Add", ["x", "later"], ["early"])
+    second = helper.make_node("Identity", ["early"], ["later"])
+    model.graph.node.insert(0, second)
+    model.graph.node.insert(0, first)
+    model.graph.node[2].input[0] = "early"
+
+
+def missing_weight(model):
+    model.graph.node[0].input[1] = ""
+
+
+def short_tensor(model):
+    tensor(model, "W").raw_data = b"1234"
+
+
+def huge_tensor(model):
+    tensor(model, "W").dims[0] = 1 << 40
+
+
+def recursive_function(model):
+    node = helper.make_node("f", ["a"], ["b"], domain="local")
+    function = helper.make_function(
+        "local", "f", ["a"], ["b"], [node], [helper.make_opsetid("local", 1)]
+    )
+    model.functions.append(function)
+    model.opset_import.append(helper.make_opsetid("local", 1))
+    model.graph.node.append(helper.make_node("f", ["y"], ["z"], domain="local"))
+
+
+def external(location: str):
+    def change(model):
+        target = tensor(model, "W")
+        target.ClearField("raw_data")
+        target.data_location = TensorProto.EXTERNAL
+        entry = target.external_data.add()
+        entry.key, entry.value = "location", location
+
+    return change
+
+
+CASES = {
+    "W of the wrong shape": (broken(wrong_w), "must begin with"),
+    "W of the wrong rank": (broken(wrong_rank), "shape"),
+    "hidden_size contradicting R": (broken(wrong_hidden_size), "hidden_size=13"),
+    "NaN weights": (broken(nan_weights), "NaN"),
+    "cyclic graph": (broken(cycle), "cycle"),
+    "no weight": (broken(missing_weight), "no weight W"),
+    "too short a tensor": (broken(short_tensor), "needs"),
+    "absurdly large tensor": (broken(huge_tensor), "needs"),
+    "recursive function": (broken(recursive_function), "calls itself"),
+    "external data above the folder": (broken(external("../secret.bin")), "outside"),
+    "external data by absolute path": (broken(external("/etc/passwd")), "outside"),
+    "external data that is missing": (broken(external("nothing.bin")), "missing"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_broken_model_is_refused_and_nothing_is_written(prune_model, tmp_path, name):
+    model, words = CASES[name]
+    (tmp_path.parent / "secret.bin").write_bytes(b"\0" * 10_000)
+    with pytest.raises(RnnpruneError) as caught:
+        prune_model(model)
+    assert caught.value.code == ExitCode.UNSUPPORTED
+    assert words in caught.value.message
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx"]
+    assert (tmp_path / "model.onnx").read_bytes() == model.SerializeToString()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"hello, this is a text file\n" * 20,
+        b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 4,
+        recurrent_model().SerializeToString()[:-500],
+        recurrent_model().SerializeToString()[:100],
+        b"\x00" * 1000,
+    ],
+    ids=["empty", "text", "png", "truncated", "cut early", "zeros"],
+)
+def test_what_is_no_model_is_refused(prune_model, tmp_path, content):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(content)
+    with pytest.raises(RnnpruneError) as caught:
+        prune_model(path)
+    assert caught.value.code == ExitCode.UNSUPPORTED
+    assert "\n" not in caught.value.message
+    assert path.read_bytes() == content
+
+
+def test_a_link_out_of_the_folder_is_refused(prune_model, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (tmp_path / "secret.bin").write_bytes(b"\0" * 10_000)
+    (folder / "data.bin").symlink_to(tmp_path / "secret.bin")
+    path = folder / "model.onnx"
+    path.write_bytes(broken(external("data.bin")).SerializeToString())
+    with pytest.raises(RnnpruneError, match="outside"):
+        prune_model(path)
+
+
+@pytest.mark.parametrize("export", ["dense", "packed"])
+def test_external_data_stays_external(prune_model, tmp_path, export):
+    model = recurrent_model(hidden=40, inputs=24)
+    path = tmp_path / "model.onnx"
+    onnx.save(
+        model, str(path), save_as_external_data=True, location="weights.bin", size_threshold=0
+    )
+    before = (tmp_path / "weights.bin").read_bytes()
+    report = prune_model(path, 0.7, export=export)
+    assert (tmp_path / "out.onnx.data").exists()
+    assert (tmp_path / "weights.bin").read_bytes() == before
+    feed = {"x": np.ones((3, 1, 24), np.float32)}
+    inline = tmp_path / "inline.onnx"
+    prune_model(recurrent_model(hidden=40, inputs=24), 0.7, output=inline, force=True)
+    np.testing.assert_array_equal(run(tmp_path / "out.onnx", feed)[0], run(inline, feed)[0])
+    files = sum((tmp_path / n).stat().st_size for n in ("out.onnx", "out.onnx.data"))
+    assert report.after.bytes == files
+
+
+def sparse_model(positions: np.ndarray, dims: list[int]) -> onnx.ModelProto:
+    model = recurrent_model()
+    model.graph.initializer.remove(tensor(model, "W"))
+    values = numpy_helper.from_array(np.ones(len(positions), np.float32), "W")
+    indices = numpy_helper.from_array(positions.astype(np.int64))
+    model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, dims))
+    return model
+
+
+def test_sparse_initializers_are_read(prune_model, tmp_path):
+    positions = np.arange(0, 48 * 7, 3)
+    report = prune_model(sparse_model(positions, [1, 48, 7]), 0.9, export="dense")
+    assert np.count_nonzero(initializers(tmp_path / "out.onnx")["W"]) <= len(positions)
+    assert report.before.recurrent_nonzero == len(positions) + 48 * 12
+
+
+@pytest.mark.parametrize(
+    ("positions", "dims"),
+    [
+        (np.array([0, 1 << 30]), [1, 48, 7]),
+        (np.array([-1]), [1, 48, 7]),
+        (np.array([0]), [1 << 20, 1 << 20, 7]),
+    ],
+    ids=["position outside", "negative position", "absurd size"],
+)
+def test_impossible_sparse_tensors_are_refused(prune_model, positions, dims):
+    with pytest.raises(RnnpruneError):
+        prune_model(sparse_model(positions, dims))
+
+
+def test_constant_expressions_cannot_exhaust_memory(prune_model):
+    model = recurrent_model()
+    model.graph.initializer.remove(tensor(model, "W"))
+    shape = numpy_helper.from_array(np.array([1, 1 << 30, 1 << 10]), "shape")
+    model.graph.initializer.append(shape)
+    model.graph.node.insert(0, helper.make_node("ConstantOfShape", ["shape"], ["W"]))
+    with pytest.raises(RnnpruneError, match="GiB"):
+        prune_model(model)
