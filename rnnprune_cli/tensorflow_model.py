@@ -7,6 +7,7 @@ searched and run, so that all formats share one way through the code.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from rnnprune_cli.model import (
     Runner,
     Saved,
     Skipped,
+    StoredWeight,
     Weight,
 )
 from rnnprune_cli.tensorflow.recurrence import Findings, Recurrence, layer_path
@@ -199,6 +201,8 @@ class TensorFlowModel(LoadedModel):
         return weight
 
     def _reader(self, op: Op, capture: int) -> Callable[[], Array]:
+        # Kept, since the rows of a weight are asked for one block after another.
+        @functools.cache
         def read() -> Array:
             values = keras_to_onnx(op, self.program.values(capture))
             values.setflags(write=False)
@@ -279,7 +283,7 @@ class TensorFlowModel(LoadedModel):
                 "write ONNX instead, with -o NAME.onnx",
             )
         weights = {weight.name: weight for layer in self.layers for weight in layer.weights}
-        stored = {key: _masked(weights[key], masks[key]) for key in masks}
+        stored = {key: StoredWeight(weights[key], mask) for key, mask in masks.items()}
         changes = {}
         for key, values in stored.items():
             kernel = self._kernels[key]
@@ -341,13 +345,3 @@ class TensorFlowModel(LoadedModel):
                 parameters += values.size
                 nonzero += int(np.count_nonzero(values))
         return ParameterCount(parameters, nonzero)
-
-
-def _masked(weight: Weight, mask: Array) -> Callable[[], Array]:
-    """Returns the weight with zeros where the mask is False, computed when it is asked for."""
-
-    def values() -> Array:
-        original = weight.read()
-        return np.where(mask, original, original.dtype.type(0))
-
-    return values

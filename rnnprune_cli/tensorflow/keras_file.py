@@ -325,12 +325,12 @@ def _refuse_code(path: Path, config: Any) -> None:  # noqa: ANN401  parsed JSON
         if kind in ("Lambda", "__lambda__"):
             raise RnnpruneError(f"{path}: a Lambda layer holds Python code", _CODE_HINT)
         if isinstance(module, str) and not _is_keras(module, kind, item.get("config")):
-            raise RnnpruneError(f"{path}: '{kind}' is code of {module}, not of Keras", _CODE_HINT)
+            raise RnnpruneError(f"{path}: {kind!a} is code of {module!a}, not of Keras", _CODE_HINT)
         if kind == "TFOpLambda":
             settings = item.get("config")
             function = str(settings.get("function")) if isinstance(settings, dict) else ""
             if not _is_safe_function(function):
-                raise RnnpruneError(f"{path}: a layer calls tf.{function}", _CODE_HINT)
+                raise RnnpruneError(f"{path}: a layer calls {'tf.' + function!a}", _CODE_HINT)
 
 
 def _is_keras(module: str, kind: str, config: Any) -> bool:  # noqa: ANN401

@@ -109,6 +109,8 @@ def first_line(error: BaseException | str) -> str:
     telling = [line for line in lines if line and not line.startswith(_NO_GIST)]
     text = telling[0] if telling else type(error).__name__
     text = re.sub(r"\s*\[Op:\w+\].*", "", " ".join(text.split()))
+    # A damaged file can put anything into the message, even what no terminal can show.
+    text = text.encode("utf-8", "replace").decode("utf-8")
     return text if len(text) <= 200 else text[:199] + "…"
 
 
