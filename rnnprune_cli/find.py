@@ -440,7 +440,8 @@ def _unrolled(walker: Walker) -> Iterable[Skipped]:
 
 def _depends(node: ir.Node, on: ir.Node, limit: int = 5000) -> bool:
     """Tells whether a node is made from another's output, looking back over so many nodes."""
-    pending, seen = _makers(node), set()
+    pending = _makers(node)
+    seen: set[int] = set()
     while pending and len(seen) < limit:
         current = pending.pop()
         if current is on:

@@ -50,8 +50,8 @@ def size_hints(walker: Walker) -> tuple[int, ...]:
             if shape is not None and shape.size <= 8:
                 sizes.update(int(d) for d in shape.ravel())
         elif is_recurrent(node) or node.op_type in ("Loop", "Scan"):
-            for value in node.inputs[_INITIAL_H if is_recurrent(node) else 0 :]:
-                state = _constant(walker, value)
+            for source in node.inputs[_INITIAL_H if is_recurrent(node) else 0 :]:
+                state = _constant(walker, source)
                 if state is not None and state.ndim == 3:
                     sizes.add(state.shape[1])
     return tuple(sorted(s for s in sizes if 1 < s <= 4096))

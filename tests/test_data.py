@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import io
+import zipfile
+
+import numpy as np
+import pytest
+
+from rnnprune_cli.data import load_dataset, made_up_feeds
+from rnnprune_cli.errors import RnnpruneError, UsageError
+from rnnprune_cli.model import Runner, TensorSpec
+
+F32, I64 = np.dtype(np.float32), np.dtype(np.int64)
+X = TensorSpec("x", F32, ("batch", "time", 3))
+
+
+class Accepting(Runner):
+    """A stand-in for a model that only accepts certain shapes; not a runtime."""
+
+    def __init__(self, inputs, accepts=lambda feed: True):
+        self.inputs, self.outputs, self.accepts = tuple(inputs), (), accepts
+
+    def run(self, feed):
+        if not self.accepts(feed):
+            raise RnnpruneError("no")
+        return [np.zeros(1)]
+
+
+def test_samples_lie_on_the_first_axis(tmp_path):
+    np.savez(
+        tmp_path / "d.npz",
+        x=np.zeros((5, 4, 3), np.float32),
+        labels=np.arange(5),
+        lengths=np.full(5, 4),
+    )
+    data = load_dataset(tmp_path / "d.npz", [X])
+    assert data.count == 5
+    assert data.feed(1, 3)["x"].shape == (2, 4, 3)
+    assert list(data.batches(2)) == [(0, 2), (2, 4), (4, 5)]
+
+
+def test_x_stands_for_a_single_input(tmp_path):
+    np.savez(tmp_path / "d.npz", x=np.zeros((2, 4, 3), np.float32))
+    spec = TensorSpec("features", F32, (None, None, 3))
+    assert load_dataset(tmp_path / "d.npz", [spec]).feed(0, 1)["features"].shape == (1, 4, 3)
+
+
+def test_whole_feeds_can_be_stacked(tmp_path):
+    state = TensorSpec("state", F32, (2, "batch", 8))
+    np.savez(
+        tmp_path / "d.npz",
+        x=np.zeros((6, 1, 4, 3), np.float32),
+        state=np.zeros((6, 2, 1, 8), np.float32),
+    )
+    data = load_dataset(tmp_path / "d.npz", [X, state])
+    assert data.count == 6
+    assert data.feed(2, 3)["state"].shape == (2, 1, 8)
+    assert len(list(data.batches(64))) == 6
+
+
+def test_a_state_without_sample_axis_is_given_with_every_sample(tmp_path):
+    state = TensorSpec("state", F32, (2, "batch", 8))
+    rate = TensorSpec("rate", I64, ())
+    np.savez(
+        tmp_path / "d.npz",
+        x=np.zeros((6, 4, 3), np.float32),
+        state=np.zeros((2, 1, 8), np.float32),
+        rate=np.array(16000),
+    )
+    data = load_dataset(tmp_path / "d.npz", [X, state, rate])
+    feed = data.feed(2, 3)
+    assert (feed["x"].shape, feed["state"].shape, feed["rate"].shape) == ((1, 4, 3), (2, 1, 8), ())
+    assert len(list(data.batches(64))) == 6
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"y": np.zeros((2, 4, 3), np.float32)}, "no array for input 'x'"),
+        ({"x": np.zeros((2, 4), np.float32)}, "has shape"),
+        ({"x": np.zeros((2, 4, 3), np.complex64)}, "complex64"),
+        ({"x": np.zeros((2, 4, 3), np.float32), "labels": np.zeros(3)}, "2 samples"),
+        ({"x": np.zeros((2, 4, 3), np.float32), "extra": np.zeros(3)}, "no input of the model"),
+        ({"x": np.array([{"code": 1}], dtype=object)}, "pickled"),
+    ],
+    ids=["name", "rank", "type", "labels", "extra", "pickle"],
+)
+def test_data_that_do_not_fit_are_refused(tmp_path, arrays, words):
+    np.savez(tmp_path / "d.npz", **arrays)
+    with pytest.raises(RnnpruneError, match=words):
+        load_dataset(tmp_path / "d.npz", [X])
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not really", b"text"])
+def test_damaged_archives_are_refused(tmp_path, content):
+    (tmp_path / "d.npz").write_bytes(content)
+    with pytest.raises(RnnpruneError, match="cannot be read"):
+        load_dataset(tmp_path / "d.npz", [X])
+
+
+def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "<f4", "fortran_order": False, "shape": (1 << 28, 4, 3)}
+    )
+    with (
+        zipfile.ZipFile(tmp_path / "d.npz", "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("x.npy", "w", force_zip64=True) as member,
+    ):
+        member.write(header.getvalue())
+        for _ in range(200):
+            member.write(bytes(1 << 20))
+    with pytest.raises(RnnpruneError):
+        load_dataset(tmp_path / "d.npz", [X])
+
+
+def test_other_formats_and_missing_files_are_named(tmp_path):
+    with pytest.raises(UsageError, match="npz"):
+        load_dataset(tmp_path / "d.pkl", [X])
+    with pytest.raises(RnnpruneError, match="does not exist"):
+        load_dataset(tmp_path / "d.npz", [X])
+
+
+def test_made_up_inputs_respect_types_ranges_and_symbols():
+    runner = Accepting(
+        [
+            X,
+            TensorSpec("tokens", I64, ("batch", "time"), minimum=0, maximum=6),
+            TensorSpec("lengths", I64, ("batch",), is_length=True),
+            TensorSpec("state", F32, (2, "batch", 8)),
+            TensorSpec("flag", np.dtype(bool), ("batch",)),
+        ]
+    )
+    (feed,) = made_up_feeds(runner, 0)
+    assert feed["x"].shape == (1, 100, 3) and feed["x"].dtype == np.float32
+    assert feed["tokens"].shape == (1, 100) and feed["tokens"].min() >= 0
+    assert feed["tokens"].max() == 6
+    assert feed["lengths"].tolist() == [100]
+    assert feed["state"].shape == (2, 1, 8)
+    assert feed["flag"].dtype == bool
+
+
+def test_made_up_inputs_are_seeded():
+    one, two, other = (made_up_feeds(Accepting([X]), seed)[0]["x"] for seed in (1, 1, 2))
+    assert np.array_equal(one, two) and not np.array_equal(one, other)
+
+
+def test_every_mode_that_the_graph_asks_for_is_tried():
+    rate = TensorSpec("rate", I64, (), choices=(16000,))
+    feeds = made_up_feeds(Accepting([X, rate]), 0)
+    assert [int(f["rate"]) for f in feeds] == [16000, 16001]
+
+
+def test_sizes_are_searched_until_one_is_accepted():
+    runner = Accepting([X], lambda feed: feed["x"].shape[1] == 576)
+    assert made_up_feeds(runner, 0)[0]["x"].shape == (1, 576, 3)
+
+
+def test_a_model_that_accepts_nothing_asks_for_data():
+    with pytest.raises(RnnpruneError) as caught:
+        made_up_feeds(Accepting([X], lambda feed: False), 0)
+    assert "--data" in caught.value.hint

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import gzip
+import hashlib
+
+import numpy as np
+
+from rnnprune_cli import measure
+from rnnprune_cli.model import Runner
+
+
+class Counting(Runner):
+    inputs = outputs = ()
+
+    def __init__(self):
+        self.calls = 0
+
+    def run(self, feed):
+        self.calls += 1
+        return []
+
+
+def test_both_models_are_timed_equally_often():
+    before, after = Counting(), Counting()
+    one, two, ratio = measure.interleaved_latency(before, after, {}, seconds=0.0)
+    assert len(one.samples) == len(two.samples) >= 3
+    assert one.p5 <= one.median <= one.p95
+    assert ratio.low <= ratio.median <= ratio.high
+
+
+def test_gzip_is_what_gzip_gives(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(np.random.default_rng(0).integers(0, 20, 3_000_000).astype(np.uint8).tobytes())
+    size, estimated = measure.gzip_bytes([path])
+    assert not estimated
+    assert abs(size - len(gzip.compress(path.read_bytes(), 6))) < 100
+
+
+def test_gzip_of_large_files_is_an_estimate(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    path.write_bytes(np.random.default_rng(0).integers(0, 20, 9_000_000).astype(np.uint8).tobytes())
+    monkeypatch.setattr(measure, "GZIP_SAMPLE_BYTES", 2 << 20)
+    size, estimated = measure.gzip_bytes([path])
+    assert estimated
+    assert abs(size / len(gzip.compress(path.read_bytes(), 6)) - 1) < 0.02
+
+
+def test_digest_of_one_file_is_that_of_the_file(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc" * 1000)
+    (tmp_path / "b").write_bytes(b"d")
+    assert measure.sha256([tmp_path / "a"]) == hashlib.sha256(b"abc" * 1000).hexdigest()
+    both = measure.sha256([tmp_path / "a", tmp_path / "b"])
+    assert both == hashlib.sha256(b"abc" * 1000 + b"d").hexdigest()
+
+
+def test_environment_names_what_took_part():
+    environment = measure.environment(3)
+    assert environment["threads"] == 3
+    assert {"numpy", "onnxruntime"} <= environment["versions"].keys()
