@@ -9,9 +9,10 @@ import numpy as np
 
 from rnnprune_cli.data import Dataset
 from rnnprune_cli.errors import RnnpruneError, UsageError, closest
-from rnnprune_cli.model import Array, MetricValue, OutputFidelity, Runner, TensorSpec
+from rnnprune_cli.model import Array, MetricValue, OutputFidelity, TensorSpec
 
 BATCH = 64
+"""Samples that are evaluated at once."""
 
 
 @dataclass(frozen=True)
@@ -90,45 +91,55 @@ def check_metric(name: str) -> None:
         raise UsageError(f"there is no metric '{name}'", closest(name, ["auto", *METRICS]))
 
 
-def evaluate(runner: Runner, data: Dataset, name: str) -> MetricValue | None:
-    """Measures a model on a labelled data set.
+class Evaluation:
+    """Accumulates a metric of one model over the batches of a labelled data set.
 
     Padded steps (beyond ``lengths``) and labels below 0 count nowhere.
 
     Args:
-        runner: The model.
-        data: The data set.
+        data: The data set, with targets.
+        outputs: The model's outputs.
         name: A key of :data:`METRICS`, or ``auto``: ``accuracy`` for integer labels
             (``bits-per-char`` where the model reads integers and predicts one at each step),
             ``mse`` for others.
 
-    Returns:
-        The figure, or None if there are no labels.
-
     Raises:
-        RnnpruneError: If labels and outputs do not fit.
+        RnnpruneError: If a target belongs to no output.
     """
-    if not data.targets:
-        return None
-    target_name, target = next(iter(data.targets.items()))
-    index = _output_index(runner.outputs, target_name)
-    metric: _Metric | None = None
-    total, items = 0.0, 0
-    for start, stop in data.batches(BATCH):
-        runner.reset()
-        prediction = runner.run(data.feed(start, stop))[index]
-        expected = target[start:stop]
-        if metric is None:
-            name = _choose(name, data, prediction, target)
-            metric = METRICS[name]
-        lengths = None if data.lengths is None else data.lengths[start:stop]
-        p, t = _items(metric, prediction, expected, lengths)
+
+    def __init__(self, data: Dataset, outputs: Sequence[TensorSpec], name: str) -> None:
+        self._data = data
+        self._name = name
+        target, self._target = next(iter(data.targets.items()))
+        self._output = _output_index(outputs, target)
+        self._total, self._items = 0.0, 0
+
+    def add(self, results: Sequence[Array], start: int, stop: int) -> None:
+        """Adds the outputs for the samples ``start`` to ``stop``.
+
+        Raises:
+            RnnpruneError: If labels and outputs do not fit.
+        """
+        prediction = results[self._output]
+        self._name = _choose(self._name, self._data, prediction, self._target)
+        metric = METRICS[self._name]
+        lengths = None if self._data.lengths is None else self._data.lengths[start:stop]
+        p, t = _items(metric, prediction, self._target[start:stop], lengths)
         if len(t):
-            total += float(metric.per_item(p, t).sum())
-            items += len(t)
-    if metric is None or items == 0:
-        raise RnnpruneError("the data set has no labelled step", "check labels and lengths")
-    return MetricValue(name, metric.finish(total / items), metric.higher_is_better)
+            self._total += float(metric.per_item(p, t).sum())
+            self._items += len(t)
+
+    def value(self) -> MetricValue:
+        """Returns the figure over everything that was added.
+
+        Raises:
+            RnnpruneError: If no step had a label.
+        """
+        if self._items == 0:
+            raise RnnpruneError("the data set has no labelled step", "check labels and lengths")
+        metric = METRICS[self._name]
+        figure = metric.finish(self._total / self._items)
+        return MetricValue(self._name, figure, metric.higher_is_better)
 
 
 def _output_index(outputs: Sequence[TensorSpec], name: str) -> int:
@@ -187,36 +198,43 @@ def _items(
     return prediction, target
 
 
-def compare(
-    reference: Sequence[Sequence[Array]],
-    other: Sequence[Sequence[Array]],
-    outputs: Sequence[TensorSpec],
-) -> tuple[OutputFidelity, ...]:
-    """Compares two models' outputs over the same feeds, output by output."""
-    rows = []
-    for k, spec in enumerate(outputs):
-        sums = np.zeros(4)  # |a-b|, a·b, a·a, b·b
-        largest, count, same, positions = 0.0, 0, 0, 0
-        for one, two in zip(reference, other, strict=True):
-            if one[k].dtype.kind not in "fiub" or one[k].shape != two[k].shape:
+class Comparison:
+    """Accumulates how much one model's outputs differ from another's."""
+
+    def __init__(self, outputs: Sequence[TensorSpec]) -> None:
+        self._outputs = outputs
+        self._sums = np.zeros((len(outputs), 4))  # |a-b|, a·b, a·a, b·b
+        self._largest = np.zeros(len(outputs))
+        self._counts = np.zeros((len(outputs), 3), np.int64)  # elements, positions, same argmax
+
+    def add(self, reference: Sequence[Array], other: Sequence[Array]) -> None:
+        """Adds the outputs of both models for one feed."""
+        for k, (one, two) in enumerate(zip(reference, other, strict=True)):
+            if one.dtype.kind not in "fiub" or one.shape != two.shape:
                 continue
-            a, b = one[k].astype(np.float64), two[k].astype(np.float64)
+            a, b = one.astype(np.float64), two.astype(np.float64)
             difference = np.abs(a - b)
-            largest = max(largest, float(difference.max(initial=0.0)))
-            sums += [difference.sum(), (a * b).sum(), (a * a).sum(), (b * b).sum()]
-            count += a.size
+            self._largest[k] = max(self._largest[k], difference.max(initial=0.0))
+            self._sums[k] += [difference.sum(), (a * b).sum(), (a * a).sum(), (b * b).sum()]
+            self._counts[k, 0] += a.size
             if a.ndim >= 2 and a.shape[-1] >= 2:
-                same += int((a.argmax(axis=-1) == b.argmax(axis=-1)).sum())
-                positions += a[..., 0].size
-        norm = np.sqrt(sums[2] * sums[3])
-        cosine = float(sums[1] / norm) if norm > 0 else float(sums[2] == sums[3])
-        rows.append(
-            OutputFidelity(
-                spec.name,
-                largest,
-                float(sums[0] / count) if count else 0.0,
-                cosine,
-                same / positions if positions else None,
+                same = a.argmax(axis=-1) == b.argmax(axis=-1)
+                self._counts[k, 1:] += [same.size, same.sum()]
+
+    def rows(self) -> tuple[OutputFidelity, ...]:
+        """Returns the figures of each output."""
+        rows = []
+        for k, spec in enumerate(self._outputs):
+            apart, product, one, two = (float(s) for s in self._sums[k])
+            elements, positions, same = (int(c) for c in self._counts[k])
+            norm = np.sqrt(one * two)
+            rows.append(
+                OutputFidelity(
+                    spec.name,
+                    float(self._largest[k]),
+                    apart / max(elements, 1),
+                    float(product / norm) if norm > 0 else float(one == two),
+                    same / positions if positions else None,
+                )
             )
-        )
-    return tuple(rows)
+        return tuple(rows)

@@ -22,7 +22,7 @@ from rnnprune_cli.data import Dataset, load_dataset, made_up_feeds
 from rnnprune_cli.errors import RnnpruneError, UsageError, closest
 from rnnprune_cli.load import TENSORFLOW_SUFFIXES, load
 from rnnprune_cli.methods import method as find_method
-from rnnprune_cli.metrics import BATCH, check_metric, compare, evaluate
+from rnnprune_cli.metrics import BATCH, Comparison, Evaluation, check_metric
 from rnnprune_cli.model import (
     BoolArray,
     Claim,
@@ -31,6 +31,7 @@ from rnnprune_cli.model import (
     LayerRow,
     LoadedModel,
     Measurement,
+    MetricValue,
     ModelInfo,
     OutputFidelity,
     OutputInfo,
@@ -64,7 +65,6 @@ EXPORTS = {
 VALUES = ("float32", "float16", "int8")
 GRANULARITIES = ("weight",)
 
-_FIDELITY_SAMPLES = 256
 _VERIFIED_SAMPLES = 4
 
 
@@ -139,7 +139,10 @@ def prune(options: PruneOptions, arguments: Mapping[str, Any], progress: Progres
         require(claims)
         run = _Run(options, source, model, saved, original, data, feeds, nonzero)
         files_before, files_after = described.result(), _describe(saved.files)
-        before, after, ratios, warnings = _measured(run, files_before, files_after, progress)
+        progress("comparing the models' outputs")
+        quality = _quality(run)
+        progress("timing")
+        before, after, ratios, warnings = _measured(run, quality, files_before, files_after)
         report = Report(
             arguments=dict(arguments),
             model=ModelInfo(
@@ -156,7 +159,7 @@ def prune(options: PruneOptions, arguments: Mapping[str, Any], progress: Progres
             before=before,
             after=after,
             ratios=ratios,
-            fidelity=_fidelity(run, progress),
+            fidelity=quality.fidelity,
             verification=tuple(claims),
             warnings=(*source.warnings, *filter(None, [limits]), *saved.warnings, *warnings),
             environment=measure.environment(options.threads),
@@ -543,16 +546,37 @@ class _Run:
         return self.model.reopen(self.saved, self.options.threads)
 
 
-def _fidelity(run: _Run, progress: Progress) -> tuple[OutputFidelity, ...]:
-    progress("comparing outputs")
-    feeds = run.feeds
-    if run.data is not None:
-        bounds = [b for b in run.data.batches(BATCH) if b[0] < _FIDELITY_SAMPLES]
-        feeds = [run.data.feed(start, stop) for start, stop in bounds]
-    names = [o.name for o in run.original.outputs]
-    return compare(
-        run_all(run.original, feeds, names), run_all(run.pruned, feeds, names), run.original.outputs
-    )
+@dataclass(frozen=True)
+class _Quality:
+    """What both models make of the data: the metric of each, and how far they are apart."""
+
+    before: MetricValue | None
+    after: MetricValue | None
+    fidelity: tuple[OutputFidelity, ...]
+
+
+def _quality(run: _Run) -> _Quality:
+    outputs = run.original.outputs
+    names = [o.name for o in outputs]
+    comparison = Comparison(outputs)
+    if run.data is None:
+        both = (run_all(r, run.feeds, names) for r in (run.original, run.pruned))
+        for one, two in zip(*both, strict=True):
+            comparison.add(one, two)
+        return _Quality(None, None, comparison.rows())
+    metrics = [
+        Evaluation(run.data, outputs, run.options.metric)
+        for _ in ("before", "after")
+        if run.data.targets
+    ]
+    for start, stop in run.data.batches(BATCH):
+        feed = run.data.feed(start, stop)
+        results = [run_all(r, [feed], names)[0] for r in (run.original, run.pruned)]
+        comparison.add(*results)
+        for metric, result in zip(metrics, results, strict=False):
+            metric.add(result, start, stop)
+    before, after = (metric.value() for metric in metrics) if metrics else (None, None)
+    return _Quality(before, after, comparison.rows())
 
 
 @dataclass(frozen=True)
@@ -570,21 +594,14 @@ def _describe(files: Sequence[Path]) -> _Files:
 
 
 def _measured(
-    run: _Run, files_before: _Files, files_after: _Files, progress: Progress
+    run: _Run, quality: _Quality, files_before: _Files, files_after: _Files
 ) -> tuple[Measurement, Measurement, Ratios, tuple[str, ...]]:
     """Measures the original and the written model, side by side."""
     options, data = run.options, run.data
-    progress("timing")
     feed = run.feeds[0] if data is None else data.feed(0, 1)
     latency_before, latency_after, ratio = measure.interleaved_latency(
         run.original, run.pruned, feed, options.latency_seconds, options.seed
     )
-    metric_before = metric_after = None
-    if data is not None and data.targets:
-        progress("evaluating the metric")
-        metric_before = evaluate(run.original, data, options.metric)
-        metric_after = evaluate(run.pruned, data, options.metric)
-    progress("weighing")
     count = run.source.count()
     weights = _weights(run.model.layers)
     recurrent = sum(w.size for w in weights)
@@ -600,7 +617,7 @@ def _measured(
         gzip_bytes=files_before.gzip_bytes,
         macs_per_step=macs,
         latency_ms=latency_before,
-        metric=metric_before,
+        metric=quality.before,
     )
     after = dataclasses.replace(
         before,
@@ -609,7 +626,7 @@ def _measured(
         bytes=files_after.bytes,
         gzip_bytes=files_after.gzip_bytes,
         latency_ms=latency_after,
-        metric=metric_after,
+        metric=quality.after,
     )
     ratios = Ratios(
         parameters=after.parameters / max(before.parameters, 1),

@@ -7,20 +7,24 @@ from hypothesis import strategies as st
 
 from rnnprune_cli.data import Dataset
 from rnnprune_cli.errors import RnnpruneError, UsageError
-from rnnprune_cli.metrics import check_metric, compare, evaluate
-from rnnprune_cli.model import Runner, TensorSpec
+from rnnprune_cli.metrics import Comparison, Evaluation, check_metric
+from rnnprune_cli.model import TensorSpec
 
 OUT = (TensorSpec("y", np.dtype(np.float32), None),)
 
 
-class Fixed(Runner):
-    """Returns its input: the predictions are the data."""
+def evaluate(data, name):
+    """The metric of a model whose predictions are its inputs."""
+    evaluation = Evaluation(data, OUT, name)
+    for start, stop in data.batches(2):
+        evaluation.add([data.feed(start, stop)["x"]], start, stop)
+    return evaluation.value()
 
-    inputs = (TensorSpec("x", np.dtype(np.float32), None),)
-    outputs = OUT
 
-    def run(self, feed):
-        return [feed["x"]]
+def compare(one, two):
+    comparison = Comparison(OUT)
+    comparison.add([one], [two])
+    return comparison.rows()
 
 
 def dataset(predictions, targets, lengths=None, name=""):
@@ -32,7 +36,7 @@ def dataset(predictions, targets, lengths=None, name=""):
 
 def test_accuracy_of_classes():
     data = dataset([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7]], [1, 0, 0])
-    value = evaluate(Fixed(), data, "auto")
+    value = evaluate(data, "auto")
     assert (value.name, value.value, value.higher_is_better) == (
         "accuracy",
         pytest.approx(2 / 3),
@@ -41,7 +45,7 @@ def test_accuracy_of_classes():
 
 
 def test_accuracy_of_one_logit_is_decided_at_zero():
-    assert evaluate(Fixed(), dataset([[2.0], [-3.0]], [1, 0]), "accuracy").value == 1
+    assert evaluate(dataset([[2.0], [-3.0]], [1, 0]), "accuracy").value == 1
 
 
 def test_padded_steps_and_negative_labels_count_nowhere():
@@ -49,31 +53,31 @@ def test_padded_steps_and_negative_labels_count_nowhere():
     predictions[..., 1] = 1
     labels = np.array([[1, 1, 0], [0, -1, 0]])
     data = dataset(predictions, labels, lengths=np.array([2, 2]))
-    assert evaluate(Fixed(), data, "accuracy").value == pytest.approx(2 / 3)
+    assert evaluate(data, "accuracy").value == pytest.approx(2 / 3)
 
 
 def test_bits_and_perplexity_of_a_fair_coin():
     for logits in ([[0.0, 0.0]], [[0.5, 0.5]], [[700.0, 700.0]]):
-        assert evaluate(Fixed(), dataset(logits, [1]), "bits-per-char").value == pytest.approx(1)
-        assert evaluate(Fixed(), dataset(logits, [1]), "perplexity").value == pytest.approx(2)
+        assert evaluate(dataset(logits, [1]), "bits-per-char").value == pytest.approx(1)
+        assert evaluate(dataset(logits, [1]), "perplexity").value == pytest.approx(2)
 
 
 def test_errors_of_a_regression():
     data = dataset([[1.0], [4.0]], np.array([[2.0], [2.0]]))
-    assert evaluate(Fixed(), data, "auto").value == pytest.approx(2.5)
-    assert evaluate(Fixed(), data, "mae").value == pytest.approx(1.5)
+    assert evaluate(data, "auto").value == pytest.approx(2.5)
+    assert evaluate(data, "mae").value == pytest.approx(1.5)
 
 
 def test_target_of_a_named_output():
     data = dataset([[1.0]], np.array([[3.0]]), name="y")
-    assert evaluate(Fixed(), data, "mae").value == pytest.approx(2)
+    assert evaluate(data, "mae").value == pytest.approx(2)
     with pytest.raises(RnnpruneError, match="no output 'z'"):
-        evaluate(Fixed(), dataset([[1.0]], np.array([[3.0]]), name="z"), "mae")
+        evaluate(dataset([[1.0]], np.array([[3.0]]), name="z"), "mae")
 
 
 def test_labels_that_do_not_fit_are_refused():
     with pytest.raises(RnnpruneError, match="do not fit"):
-        evaluate(Fixed(), dataset(np.zeros((2, 3, 4)), np.zeros((2, 5), int)), "accuracy")
+        evaluate(dataset(np.zeros((2, 3, 4)), np.zeros((2, 5), int)), "accuracy")
 
 
 def test_unknown_metric_names_the_closest():
@@ -84,13 +88,13 @@ def test_unknown_metric_names_the_closest():
 
 @given(st.integers(0, 100))
 def test_fidelity_of_equal_outputs_is_perfect(seed):
-    a = [[np.random.default_rng(seed).standard_normal((3, 4)).astype(np.float32)]]
-    (row,) = compare(a, a, OUT)
+    a = np.random.default_rng(seed).standard_normal((3, 4)).astype(np.float32)
+    (row,) = compare(a, a)
     assert (row.max_abs, row.mean_abs, row.agreement) == (0, 0, 1)
     assert row.cosine == pytest.approx(1)
 
 
 def test_fidelity_of_different_outputs():
     one, two = np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([[0.0, 1.0], [0.0, 1.0]])
-    (row,) = compare([[one]], [[two]], OUT)
+    (row,) = compare(one, two)
     assert (row.max_abs, row.mean_abs, row.agreement) == (1, 0.5, 0.5)

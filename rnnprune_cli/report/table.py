@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich.console import Group, RenderableType
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -40,8 +39,7 @@ def report_table(report: Report) -> RenderableType:
             for c in report.verification
         )
     )
-    parts.extend(Text.assemble(("! ", "yellow"), w) for w in report.warnings)
-    return Group(*(Padding(p, (0, 0, 1, 0)) for p in parts[:-1]), parts[-1])
+    return _stacked([*parts, *_warnings(report.warnings)])
 
 
 def _plan(report: Report) -> str:
@@ -164,8 +162,7 @@ def inspect_table(model: LoadedModel) -> RenderableType:
         parts.append(table)
     if model.skipped:
         parts.append(skipped_table(model.skipped))
-    parts.extend(Text.assemble(("! ", "yellow"), w) for w in model.warnings)
-    return Group(*(Padding(p, (0, 0, 1, 0)) for p in parts[:-1]), parts[-1])
+    return _stacked([*parts, *_warnings(model.warnings)])
 
 
 def zeros(layer: RecurrentLayer) -> float:
@@ -187,6 +184,16 @@ def methods_table(
     for name, summary in exports:
         forms.add_row(name, summary)
     return Group(criteria, Text(), competition, Text(), forms)
+
+
+def _warnings(warnings: Sequence[str]) -> list[RenderableType]:
+    marked = [Text.assemble(("! ", "yellow"), warning) for warning in warnings]
+    return [Text("\n").join(marked)] if marked else []
+
+
+def _stacked(parts: Sequence[RenderableType]) -> RenderableType:
+    """Puts a blank line between parts."""
+    return Group(*(item for part in parts for item in (Text(), part)), Text())
 
 
 def _table(*columns: str, right: tuple[int, ...] = ()) -> Table:
