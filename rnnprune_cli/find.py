@@ -230,7 +230,7 @@ def _read(site: Site, folder: Folder) -> _Source | str:
         dtype = tensor.dtype
         if not dtype.is_floating_point() or dtype.bitwidth < 16:
             return f"'{site.value.name}' has type {dtype.name}"
-        read = _mapped(tensor) if isinstance(tensor, ir.ExternalTensor) else tensor.numpy
+        read = mapped(tensor) if isinstance(tensor, ir.ExternalTensor) else tensor.numpy
         return _Source(tuple(tensor.shape.numpy()), dtype.numpy(), read, computed=False)
     folded = folder.fold(site.value, site.calls)
     if isinstance(folded, str):
@@ -240,7 +240,7 @@ def _read(site: Site, folder: Folder) -> _Source | str:
     return _Source(folded.shape, folded.dtype, lambda: folded, computed=True)
 
 
-def _mapped(tensor: ir.ExternalTensor) -> Callable[[], Array]:
+def mapped(tensor: ir.ExternalTensor) -> Callable[[], Array]:
     """Maps external data anew for every read, so that its pages are free again after it.
 
     The path and the sizes were checked when the model was read.

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from rnnprune_cli.errors import NotEquivalentError, UsageError
-from rnnprune_cli.find import ROLES, Found, Site, exclusive, find, locate, readers
+from rnnprune_cli.find import ROLES, Found, Site, exclusive, find, locate, mapped, readers
 from rnnprune_cli.graph import Folder, Walker, stored_tensor
 from rnnprune_cli.model import (
     Array,
@@ -286,6 +286,10 @@ class OnnxModel(LoadedModel):
             if weight.name not in saved.stored or (weight.name, id(site.value)) in done:
                 continue
             done.add((weight.name, id(site.value)))
+            tensor = stored_tensor(site.value)
+            if isinstance(tensor, ir.ExternalTensor):
+                yield weight.name, mapped(tensor)()
+                continue
             values = Folder(walker).fold(site.value, site.calls)
             if isinstance(values, str):
                 raise NotEquivalentError(f"weight '{weight.name}' cannot be read back: {values}")

@@ -35,6 +35,7 @@ from rnnprune_cli.model import (
     ModelInfo,
     OutputFidelity,
     OutputInfo,
+    ParameterCount,
     Plan,
     Ratios,
     RecurrentLayer,
@@ -82,7 +83,7 @@ class PruneOptions:
     signature: str | None = None
     threads: int = 1
     force: bool = False
-    latency_seconds: float = 1.0
+    latency_seconds: float = 0.7
 
 
 def prune(options: PruneOptions, arguments: Mapping[str, Any], progress: Progress) -> Report:
@@ -120,25 +121,28 @@ def prune(options: PruneOptions, arguments: Mapping[str, Any], progress: Progres
             limits = _not_convertible(source)
         require_layers(model)
         masks, blocked = make_masks(model.layers, options.stage, options.seed, progress)
+        count = source.count()  # before the runtimes hold copies of the weights
         plan = Plan((options.stage,), options.seed)
         folder = stack.enter_context(_folder_beside(output))
         progress(f"writing {output.name}")
         saved = model.save(masks, folder, output.name, options.export, _note(plan))
+        progress("verifying")
+        described_after = pool.submit(_describe, saved.files)
+        claim, nonzero = verify_weights(model, saved)
+        require([claim])
         original = source.open(options.threads)
         data = None
         if options.data is not None:
             progress(f"reading {options.data}")
             data = load_dataset(options.data, original.inputs)
-        progress("verifying")
         feeds = _feeds(original, model.layers, data, options.seed)
-        claim, nonzero = verify_weights(model, saved)
         claims = [
             claim,
             *_verify(source, model, saved, feeds, original, data is None, options.threads),
         ]
         require(claims)
-        run = _Run(options, source, model, saved, original, data, feeds, nonzero)
-        files_before, files_after = described.result(), _describe(saved.files)
+        run = _Run(options, source, model, saved, original, data, feeds, nonzero, count)
+        files_before, files_after = described.result(), described_after.result()
         progress("comparing the models' outputs")
         quality = _quality(run)
         progress("timing")
@@ -539,6 +543,7 @@ class _Run:
     data: Dataset | None
     feeds: Sequence[Feed]
     nonzero: Mapping[str, int]
+    count: ParameterCount
 
     @functools.cached_property
     def pruned(self) -> Runner:
@@ -602,15 +607,14 @@ def _measured(
     latency_before, latency_after, ratio = measure.interleaved_latency(
         run.original, run.pruned, feed, options.latency_seconds, options.seed
     )
-    count = run.source.count()
     weights = _weights(run.model.layers)
     recurrent = sum(w.size for w in weights)
     nonzero_before = sum(w.nonzero for w in weights)
     nonzero_after = sum(run.nonzero.get(w.name, w.nonzero) for w in weights)
     macs = sum(layer.macs_per_step for layer in run.model.layers)
     before = Measurement(
-        parameters=count.parameters,
-        nonzero=count.nonzero,
+        parameters=run.count.parameters,
+        nonzero=run.count.nonzero,
         recurrent_parameters=recurrent,
         recurrent_nonzero=nonzero_before,
         bytes=files_before.bytes,
@@ -621,7 +625,7 @@ def _measured(
     )
     after = dataclasses.replace(
         before,
-        nonzero=count.nonzero - nonzero_before + nonzero_after,
+        nonzero=run.count.nonzero - nonzero_before + nonzero_after,
         recurrent_nonzero=nonzero_after,
         bytes=files_after.bytes,
         gzip_bytes=files_after.gzip_bytes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ DEFAULT_SCOPE = "row"
 """The best scope without data, as measured in the README's table."""
 
 
-_CHUNK_ELEMENTS = 1 << 22
+_CHUNK_ELEMENTS = 1 << 20
 """Rows are selected in blocks of about this size, to keep temporaries small."""
 
 
@@ -83,10 +84,9 @@ def select(
         Weight name → True where the weight is kept.
     """
     if scope == "global":
-        flat = np.concatenate([scores[w.name].reshape(-1) for w in family])
-        kept = _keep_largest(flat[None], removed_per_group(1, flat.size, sparsity))[0]
-        ends = np.cumsum([w.size for w in family])[:-1]
-        parts = np.split(kept, ends)
+        flat = np.concatenate([scores[w.name].reshape(-1) for w in family])[None]
+        (kept,) = _select_rows([flat], removed_per_group(1, flat.size, sparsity))
+        parts = np.split(kept[0], np.cumsum([w.size for w in family])[:-1])
         return {w.name: p.reshape(w.shape) for w, p in zip(family, parts, strict=True)}
     masks = {}
     for together in [family] if scope == "row" else [[w] for w in family]:
@@ -102,40 +102,42 @@ def select(
 
 
 def _select_rows(matrices: Sequence[Array], removed: NDArrayInt) -> list[BoolArray]:
-    """Selects within each row of matrices laid side by side, some rows at a time."""
-    kept = [np.empty(m.shape, np.bool_) for m in matrices]
-    ends = np.cumsum([m.shape[1] for m in matrices])
-    step = max(1, _CHUNK_ELEMENTS // int(ends[-1]))
-    for start in range(0, len(removed), step):
-        rows = slice(start, start + step)
-        block = np.concatenate([m[rows] for m in matrices], axis=1)
-        parts = np.split(_keep_largest(block, removed[rows]), ends[:-1], axis=1)
-        for whole, part in zip(kept, parts, strict=True):
-            whole[rows] = part
-    return kept
+    """Marks, in matrices laid side by side, all but the ``removed[i]`` smallest scores of row i.
 
-
-def _keep_largest(scores: Array, removed: NDArrayInt) -> BoolArray:
-    """Marks all but the ``removed[i]`` smallest scores of each row i.
-
-    Works on rows with equal counts together; there are at most two counts.
+    Some rows at a time, on all cores: NumPy computes without holding the interpreter.
     """
-    kept = np.ones(scores.shape, np.bool_)
-    for count in np.unique(removed):
-        if count == 0:
-            continue
-        rows = removed == count
-        every = bool(rows.all())
-        block = scores if every else scores[rows]
-        threshold = np.partition(block, count - 1, axis=1)[:, count - 1 : count]
-        above = block > threshold
-        # Equal scores at the threshold fill the count from the front; the rest of them stay.
-        missing = block.shape[1] - count - above.sum(axis=1)
-        for row in np.flatnonzero(missing):
-            ties = np.flatnonzero(block[row] == threshold[row])
-            above[row, ties[len(ties) - missing[row] :]] = True
-        if every:
-            kept = above
-        else:
-            kept[rows] = above
+    kept = [np.empty(m.shape, np.bool_) for m in matrices]
+    columns = sum(m.shape[1] for m in matrices)
+    step = max(1, _CHUNK_ELEMENTS // columns)
+
+    def work(start: int) -> None:
+        rows = slice(start, start + step)
+        _keep_largest([m[rows] for m in matrices], removed[rows], [k[rows] for k in kept])
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(work, range(0, len(removed), step)))
     return kept
+
+
+def _keep_largest(parts: Sequence[Array], removed: NDArrayInt, kept: Sequence[BoolArray]) -> None:
+    """Fills ``kept`` for a block of rows; see :func:`_select_rows`."""
+    block = np.concatenate(parts, axis=1)
+    threshold = np.full((len(block), 1), -np.inf, block.dtype)
+    # At most two counts, rounded down and up; NumPy is fast for one position at a time.
+    for count in np.unique(removed[removed > 0]):
+        rows = removed == count
+        some = block[rows]
+        some.partition(count - 1, axis=1)
+        threshold[rows, 0] = some[:, count - 1]
+    missing = block.shape[1] - removed
+    for part, mask in zip(parts, kept, strict=True):
+        np.greater(part, threshold, out=mask)
+        missing -= np.count_nonzero(mask, axis=1)
+    # Equal scores at the threshold fill the count from the front; the rest of them stay.
+    for row in np.flatnonzero(missing):
+        ties = np.flatnonzero(np.concatenate([p[row] for p in parts]) == threshold[row])
+        stay = np.zeros(block.shape[1], np.bool_)
+        stay[ties[len(ties) - missing[row] :]] = True
+        ends = np.cumsum([p.shape[1] for p in parts])[:-1]
+        for mask, more in zip(kept, np.split(stay, ends), strict=True):
+            mask[row] |= more

@@ -8,24 +8,48 @@ is made once at the start of the main graph (or function body) and the readers a
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import BinaryIO
 
 import numpy as np
 import onnx_ir as ir
 
 from rnnprune_cli.find import Site, exclusive
 from rnnprune_cli.graph import Walker, stored_tensor
-from rnnprune_cli.model import Array, Weight
+from rnnprune_cli.model import Array, StoredWeight, Weight
 from rnnprune_cli.rewrite import packed
 from rnnprune_cli.rewrite.build import Builder, value_names
+
+_CHUNK_ELEMENTS = 1 << 20
 
 
 def lazy_tensor(weight: Weight, read: Callable[[], Array]) -> ir.LazyTensor:
     """Returns a tensor that is computed when it is written, so that few are in memory at once."""
+    if isinstance(read, StoredWeight):
+        return _MaskedTensor(read)
     return ir.LazyTensor(
         lambda: ir.tensor(np.ascontiguousarray(read())),
         dtype=ir.DataType.from_numpy(weight.dtype),
         shape=ir.Shape(weight.shape),
     )
+
+
+class _MaskedTensor(ir.LazyTensor):
+    """A masked weight that goes into a file some rows at a time."""
+
+    def __init__(self, stored: StoredWeight) -> None:
+        super().__init__(
+            lambda: ir.tensor(stored()),
+            dtype=ir.DataType.from_numpy(stored.weight.dtype),
+            shape=ir.Shape(stored.weight.shape),
+        )
+        self._stored = stored
+
+    def tofile(self, file: BinaryIO) -> None:
+        """Writes the bytes of the tensor, as :meth:`tobytes` returns them."""
+        directions, rows, columns = self._stored.weight.shape
+        step = max(1, _CHUNK_ELEMENTS // columns)
+        for start in range(0, directions * rows, step):
+            file.write(np.ascontiguousarray(self._stored.rows(start, start + step)).data)
 
 
 class Placer:
