@@ -291,7 +291,7 @@ class LoadedModel(ABC):
         """
 
     def verify_untouched(self, saved: Saved) -> list[Claim]:
-        """Checks what only this format can: that nothing but the pruned weights has changed."""
+        """Checks what only the format can tell; :data:`UNCHANGED` is among the claims if it can."""
         return []
 
     @abstractmethod
@@ -396,6 +396,10 @@ class Claim:
     passed: bool
     max_abs: float
     tolerance: float
+
+
+UNCHANGED = "nothing but the pruned weights differs from the original files"
+"""Claim of :meth:`LoadedModel.verify_untouched`."""
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,15 @@ def external_files(proto: onnx.ModelProto, path: Path) -> tuple[Path, ...]:
     return tuple(path.parent / name for name in dict.fromkeys(names))
 
 
+def checker_refuses(path: Path) -> str | None:
+    """Returns what ``onnx.checker`` with full check has against a file; None if it accepts it."""
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except Exception as error:  # the checker and shape inference raise unrelated types
+        return " ".join(str(error).split())[:200]
+    return None
+
+
 def tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     """Yields every tensor stored in a model: initializers and attributes, in all graphs."""
     for graph in graphs(proto):

@@ -16,6 +16,7 @@ from rnnprune_cli.errors import NotEquivalentError, UsageError
 from rnnprune_cli.find import ROLES, Found, Site, exclusive, find, locate, mapped, readers
 from rnnprune_cli.graph import Folder, Walker, stored_tensor
 from rnnprune_cli.model import (
+    UNCHANGED,
     Array,
     Claim,
     ExportOptions,
@@ -28,10 +29,10 @@ from rnnprune_cli.model import (
     StoredWeight,
     Weight,
 )
-from rnnprune_cli.onnx_file import deserialize, external_files, read_proto
+from rnnprune_cli.onnx_file import checker_refuses, deserialize, external_files, read_proto
 from rnnprune_cli.onnx_inputs import describe_inputs, describe_outputs, size_hints
 from rnnprune_cli.rewrite import packed, sparse
-from rnnprune_cli.rewrite.build import Builder, value_names
+from rnnprune_cli.rewrite.build import MIN_IR_INITIALIZERS, Builder, value_names
 from rnnprune_cli.rewrite.place import Placer, lazy_tensor
 from rnnprune_cli.rewrite.runnable import make_runnable, obstacles
 from rnnprune_cli.runtime import BIG_MODEL_BYTES, OnnxRunner
@@ -75,6 +76,7 @@ class OnnxModel(LoadedModel):
             part for part in (model.producer_name, model.producer_version) if part
         )
         self.opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx"))
+        self._ir_version = model.ir_version
         self._obstacles = {
             what: name
             for name, node, layer in self._executed(walker)
@@ -92,6 +94,9 @@ class OnnxModel(LoadedModel):
     def _file_warnings(self, proto: onnx.ModelProto) -> Iterator[str]:
         if proto.training_info:
             yield "the model's training_info is not kept: onnx-ir does not carry it"
+        refusal = checker_refuses(self._file)
+        if refusal is not None:
+            yield f"onnx.checker does not accept the original: {refusal}"
         for what, name in self._obstacles.items():
             yield (
                 f"onnxruntime's CPU kernels do not support {what} ('{name}'): verified and timed on"
@@ -242,6 +247,8 @@ class OnnxModel(LoadedModel):
             reasons["packed"] = (
                 f"opset {opset} has no operators to unpack with (needs {packed.MIN_OPSET})"
             )
+        elif opset < packed.MIN_OPSET_CONSTANT and self._ir_version < MIN_IR_INITIALIZERS:
+            reasons["packed"] = f"IR version {self._ir_version} with opset {opset} has no constants"
         else:
             sizes["packed"] = packed.smallest(weight.size, nonzero, itemsize, opset)[1]
         if opset < sparse.MIN_OPSET:
@@ -296,17 +303,23 @@ class OnnxModel(LoadedModel):
             yield weight.name, values
 
     def verify_untouched(self, saved: Saved) -> list[Claim]:
-        """For a big model: the graph and every other tensor are as they were.
+        """Checks that the file is as valid as the original was, and, for a big model, unchanged.
 
-        Together with the weights that were read back this proves what running two more copies
-        would, if every weight is still an initializer in its old place.
+        A big model's graph and every other tensor are held against the original's. Together with
+        the weights that were read back this proves what running two more copies would, if every
+        weight is still stored in its old place.
         """
+        claims = []
+        if checker_refuses(self._file) is None:
+            valid = checker_refuses(saved.path) is None
+            claim = "onnx.checker accepts the written file, with full check"
+            claims.append(Claim(claim, valid, 0.0 if valid else float("inf"), 0.0))
         models = [self.fresh(), deserialize(read_proto(saved.path), saved.path)]
         in_place = all(
             stored_tensor(s.value) is not None for s, _ in self._sites(Walker(models[0]))
         )
         if not self.big or not in_place or set(saved.exports.values()) != {"dense"}:
-            return []
+            return claims
         models[1].metadata_props.pop(PROVENANCE, None)
         skeletons = []
         for model in models:
@@ -321,8 +334,7 @@ class OnnxModel(LoadedModel):
             skeletons.append((ir.to_proto(model).SerializeToString(deterministic=True), digest))
         same = skeletons[0][0] == skeletons[1][0]
         same = same and skeletons[0][1].digest() == skeletons[1][1].digest()
-        claim = "nothing but the pruned weights differs from the original file"
-        return [Claim(claim, same, 0.0 if same else float("inf"), 0.0)]
+        return [*claims, Claim(UNCHANGED, same, 0.0 if same else float("inf"), 0.0)]
 
     def count(self) -> ParameterCount:
         """Counts floating-point weights; see :meth:`LoadedModel.count`.

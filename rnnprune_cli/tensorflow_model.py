@@ -19,6 +19,7 @@ import onnx
 from rnnprune_cli.errors import RnnpruneError, UsageError
 from rnnprune_cli.gate_order import keras_to_onnx, onnx_to_keras
 from rnnprune_cli.model import (
+    UNCHANGED,
     Array,
     Claim,
     ExportOptions,
@@ -325,7 +326,7 @@ class TensorFlowModel(LoadedModel):
             address for name in saved.stored for address in self._kernels[name].addresses
         )
         differences = self._store.differences(saved.path, changed)
-        claim = "everything but the pruned weights is identical, bit by bit"
+        claim = UNCHANGED
         if differences:
             claim += f" (differs: {', '.join(differences[:3])})"
         return [Claim(claim, not differences, float(len(differences)), 0.0)]

@@ -8,14 +8,18 @@ import onnx_ir as ir
 from rnnprune_cli.model import Array
 
 
+MIN_IR_INITIALIZERS = 4
+"""Before IR version 4 every initializer had to be a graph input as well."""
+
+
 class Builder:
     """Adds values at the start of a graph, where every other node can read them.
 
     Args:
         graph: A main graph or the graph of a function.
         opset: Version of the default operator set in there.
-        initializers: Whether constants may be initializers. Function bodies have none, and before
-            IR version 4 they would also have to be graph inputs; Constant nodes do there.
+        initializers: Whether constants may be initializers; otherwise they are Constant nodes, as
+            in function bodies and before :data:`MIN_IR_INITIALIZERS`.
         taken: Names in use anywhere in the model; new ones are added.
     """
 

@@ -25,6 +25,8 @@ from rnnprune_cli.rewrite.build import Builder
 
 MIN_OPSET = 7
 """First operator set whose LSTM, GRU and RNN onnxruntime runs."""
+MIN_OPSET_CONSTANT = 9
+"""Before, Constant held floating-point numbers only."""
 MIN_OPSET_CUMSUM = 11
 """CumSum and ScatterElements came with operator set 11; before it, there are no gaps."""
 BLOCK = 256

@@ -17,7 +17,7 @@ from rnnprune_cli.find import Site, exclusive
 from rnnprune_cli.graph import Walker, stored_tensor
 from rnnprune_cli.model import Array, StoredWeight, Weight
 from rnnprune_cli.rewrite import packed
-from rnnprune_cli.rewrite.build import Builder, value_names
+from rnnprune_cli.rewrite.build import MIN_IR_INITIALIZERS, Builder, value_names
 
 _CHUNK_ELEMENTS = 1 << 20
 
@@ -87,7 +87,7 @@ class Placer:
         old = site.value
         if id(old) in self._placed:
             return old.name or ""
-        if old.is_graph_input() and self._walker.model.ir_version >= 4:
+        if old.is_graph_input() and self._walker.model.ir_version >= MIN_IR_INITIALIZERS:
             form = "dense"  # callers may override it, so it has to stay an initializer
         own = stored_tensor(old) is not None and exclusive(self._walker, old, self._readers)
         if own and form != "packed":
@@ -115,7 +115,8 @@ class Placer:
             self._builders[id(root)] = Builder(
                 root,
                 self._walker.opset(root),
-                not self._walker.is_function(root) and self._walker.model.ir_version >= 4,
+                not self._walker.is_function(root)
+                and self._walker.model.ir_version >= MIN_IR_INITIALIZERS,
                 self._taken,
             )
         build = self._builders[id(root)]
