@@ -7,7 +7,6 @@ import onnx_ir as ir
 
 from rnnprune_cli.model import Array
 
-
 MIN_IR_INITIALIZERS = 4
 """Before IR version 4 every initializer had to be a graph input as well."""
 

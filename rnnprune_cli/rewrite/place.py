@@ -112,11 +112,11 @@ class Placer:
         self, root: ir.Graph, weight: Weight, read: Callable[[], Array], form: str
     ) -> ir.Value:
         if id(root) not in self._builders:
+            old = self._walker.model.ir_version < MIN_IR_INITIALIZERS
             self._builders[id(root)] = Builder(
                 root,
                 self._walker.opset(root),
-                not self._walker.is_function(root)
-                and self._walker.model.ir_version >= MIN_IR_INITIALIZERS,
+                not self._walker.is_function(root) and not old,
                 self._taken,
             )
         build = self._builders[id(root)]
