@@ -230,8 +230,8 @@ def _read(site: Site, folder: Folder) -> _Source | str:
         dtype = tensor.dtype
         if not dtype.is_floating_point() or dtype.bitwidth < 16:
             return f"'{site.value.name}' has type {dtype.name}"
-        read = mapped(tensor) if isinstance(tensor, ir.ExternalTensor) else tensor.numpy
-        return _Source(tuple(tensor.shape.numpy()), dtype.numpy(), read, computed=False)
+        shape = tuple(tensor.shape.numpy())
+        return _Source(shape, dtype.numpy(), reader(tensor), computed=False)
     folded = folder.fold(site.value, site.calls)
     if isinstance(folded, str):
         return folded
@@ -240,11 +240,16 @@ def _read(site: Site, folder: Folder) -> _Source | str:
     return _Source(folded.shape, folded.dtype, lambda: folded, computed=True)
 
 
-def mapped(tensor: ir.ExternalTensor) -> Callable[[], Array]:
-    """Maps external data anew for every read, so that its pages are free again after it.
+def reader(tensor: ir.TensorProtocol) -> Callable[[], Array]:
+    """Returns a function that reads a stored tensor.
 
-    The path and the sizes were checked when the model was read.
+    External data are mapped anew for every read, so that their pages are free again after it; the
+    path and the sizes were checked when the model was read. Other tensors are taken out of the
+    proto once, which copies them at every look.
     """
+    if not isinstance(tensor, ir.ExternalTensor):
+        values = tensor.numpy()
+        return lambda: values
     path, shape, dtype = tensor.path, tuple(tensor.shape.numpy()), tensor.dtype.numpy()
     return lambda: np.memmap(path, dtype, "r", tensor.offset or 0, shape)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ def read_proto(path: Path) -> onnx.ModelProto:
         raise RnnpruneError(f"{path} is empty", _DAMAGED)
     proto = onnx.ModelProto()
     try:
-        proto.ParseFromString(path.read_bytes())
+        with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
+            with memoryview(data) as view:  # not a second copy in memory
+                proto.ParseFromString(view)
     except DecodeError as error:
         raise RnnpruneError(
             f"{path} is not an ONNX model: it cannot be decoded", _DAMAGED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +14,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from rnnprune_cli.errors import NotEquivalentError, UsageError
-from rnnprune_cli.find import ROLES, Found, Site, exclusive, find, locate, mapped, readers
+from rnnprune_cli.find import ROLES, Found, Site, exclusive, find, locate, reader, readers
 from rnnprune_cli.graph import Folder, Walker, stored_tensor
 from rnnprune_cli.model import (
     UNCHANGED,
@@ -86,6 +87,8 @@ class OnnxModel(LoadedModel):
         self._hints = size_hints(walker)
         self._outputs = describe_outputs(model)
         self.warnings = tuple(self._file_warnings(proto))
+        del proto, model, walker
+        gc.collect()  # graphs refer to themselves; a large one must not wait to be freed
 
     @property
     def _weights(self) -> dict[str, Weight]:
@@ -294,8 +297,8 @@ class OnnxModel(LoadedModel):
                 continue
             done.add((weight.name, id(site.value)))
             tensor = stored_tensor(site.value)
-            if isinstance(tensor, ir.ExternalTensor):
-                yield weight.name, mapped(tensor)()
+            if tensor is not None:
+                yield weight.name, reader(tensor)()
                 continue
             values = Folder(walker).fold(site.value, site.calls)
             if isinstance(values, str):
