@@ -32,9 +32,12 @@ def read_proto(path: Path) -> onnx.ModelProto:
         raise RnnpruneError(f"{path} is empty", _DAMAGED)
     proto = onnx.ModelProto()
     try:
-        with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
-            with memoryview(data) as view:  # not a second copy in memory
-                proto.ParseFromString(view)
+        with (
+            path.open("rb") as file,
+            mmap(file.fileno(), 0, access=ACCESS_READ) as data,
+            memoryview(data) as view,  # not a second copy in memory
+        ):
+            proto.ParseFromString(view)
     except DecodeError as error:
         raise RnnpruneError(
             f"{path} is not an ONNX model: it cannot be decoded", _DAMAGED
