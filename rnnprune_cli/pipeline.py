@@ -66,6 +66,7 @@ EXPORTS = {
 """Name → summary of every export form."""
 VALUES = ("float32", "float16", "int8")
 GRANULARITIES = ("weight",)
+MAX_THREADS = 256
 
 _VERIFIED_SAMPLES = 4
 
@@ -211,8 +212,11 @@ def _check_options(options: PruneOptions) -> None:
             f"--values {options.export.values} is for packed weights",
             "use it with --export packed or --export auto",
         )
-    if options.threads < 1:
-        raise UsageError(f"--threads {options.threads} is less than 1")
+    if not 1 <= options.threads <= MAX_THREADS:
+        raise UsageError(
+            f"--threads {options.threads} is not between 1 and {MAX_THREADS}",
+            "more threads than cores do not make a model faster",
+        )
 
 
 def output_path(model: Path, output: Path | None) -> tuple[Path, str]:
