@@ -22,8 +22,9 @@ SHORTEST_SAMPLE = 1e-3
 MIN_PAIRS = 11
 MAX_PAIRS = 200
 RESAMPLES = 2000
-GZIP_SAMPLE_BYTES = 8 << 20
-_BLOCK = 1 << 20
+GZIP_EXACT_BYTES = 16 << 20
+GZIP_SAMPLE_BYTES = 2 << 20
+_BLOCK = 1 << 18
 
 
 def interleaved_latency(
@@ -93,10 +94,10 @@ def total_bytes(files: Sequence[Path]) -> int:
 def gzip_bytes(files: Sequence[Path]) -> tuple[int, bool]:
     """Returns the size of a model's files after gzip (level 6), and whether it is an estimate.
 
-    Above :data:`GZIP_SAMPLE_BYTES`, evenly spaced blocks are compressed and the result is scaled.
+    Above :data:`GZIP_EXACT_BYTES`, evenly spaced blocks are compressed and the result is scaled.
     """
     total = total_bytes(files)
-    every = max(1, -(-total // GZIP_SAMPLE_BYTES))
+    every = 1 if total <= GZIP_EXACT_BYTES else -(-total // GZIP_SAMPLE_BYTES)
     compressor = zlib.compressobj(6, zlib.DEFLATED, 31)
     packed = seen = 0
     for number, block in enumerate(_blocks(files)):

@@ -39,7 +39,7 @@ def test_gzip_is_what_gzip_gives(tmp_path):
 def test_gzip_of_large_files_is_an_estimate(tmp_path, monkeypatch):
     path = tmp_path / "a"
     path.write_bytes(np.random.default_rng(0).integers(0, 20, 9_000_000).astype(np.uint8).tobytes())
-    monkeypatch.setattr(measure, "GZIP_SAMPLE_BYTES", 2 << 20)
+    monkeypatch.setattr(measure, "GZIP_EXACT_BYTES", 4 << 20)
     size, estimated = measure.gzip_bytes([path])
     assert estimated
     assert abs(size / len(gzip.compress(path.read_bytes(), 6)) - 1) < 0.02
