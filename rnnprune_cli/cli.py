@@ -5,12 +5,14 @@ Nothing heavy is imported before a command needs it, so that ``--help`` is insta
 
 from __future__ import annotations
 
+import io
+import os
 import signal
 import sys
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -38,7 +40,10 @@ class Format(str, Enum):
 
 
 Model = Annotated[
-    Path, typer.Argument(help="An .onnx file, a SavedModel directory, or a .keras or .h5 file.")
+    Path,
+    typer.Argument(
+        help="An .onnx file, a SavedModel directory, or a .keras or .h5 file.", readable=False
+    ),
 ]
 OutputFormat = Annotated[Format, typer.Option("--format", help="What stdout carries.")]
 Signature = Annotated[
@@ -72,6 +77,7 @@ def prune(
             help="Where the result goes [default: MODEL with .pruned in its name]; .onnx from a "
             "SavedModel converts it.",
             show_default=False,
+            readable=False,
         ),
     ] = None,
     method: Annotated[
@@ -91,7 +97,10 @@ def prune(
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help=".npz with an array for each model input, and 'labels' for a metric."),
+        typer.Option(
+            help=".npz with an array for each model input, and 'labels' for a metric.",
+            readable=False,
+        ),
     ] = None,
     metric: Annotated[
         str, typer.Option(help="auto, accuracy, mse, mae, perplexity or bits-per-char.")
@@ -104,7 +113,8 @@ def prune(
     ] = "float32",
     signature: Signature = None,
     report: Annotated[
-        list[Path] | None, typer.Option("--report", help="Also write the report here (.json).")
+        list[Path] | None,
+        typer.Option("--report", help="Also write the report here (.json).", readable=False),
     ] = None,
     output_format: OutputFormat = Format.table,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
@@ -143,6 +153,7 @@ def prune(
             signature=signature,
             threads=threads,
             force=force,
+            reports=tuple(report or ()),
         )
         with progress(quiet, verbose) as show:
             result = pipeline.prune(options, arguments, show)
@@ -155,7 +166,7 @@ def prune(
 
         return document, report_table(result)
 
-    _finish(work, arguments, output_format, verbose)
+    _finish(work, arguments, output_format)
 
 
 @app.command()
@@ -183,7 +194,7 @@ def inspect(
 
         return document, inspect_table(loaded)
 
-    _finish(work, arguments, output_format, verbose)
+    _finish(work, arguments, output_format)
 
 
 @app.command()
@@ -204,37 +215,28 @@ def methods(output_format: OutputFormat = Format.table) -> None:
 
         return document, methods_table(known, SCOPES.items(), EXPORTS.items())
 
-    _finish(work, {}, output_format, verbose=False)
+    _finish(work, {}, output_format)
 
 
 def _finish(
     work: Callable[[], tuple[dict[str, Any], RenderableType | None]],
     arguments: dict[str, Any],
     output_format: Format,
-    verbose: bool,
 ) -> None:
-    """Runs a command's work, prints its result, and turns errors into exit codes."""
+    """Runs a command's work and prints its result; errors carry the arguments to the end."""
     try:
         document, drawing = work()
-    except RnnpruneError as error:
-        if verbose:
-            raise
-        from rnnprune_cli.console import show_error
-
-        show_error(error)
-        if output_format is Format.json:
-            from rnnprune_cli.report.json import error_document, render
-
-            print(render(error_document(error, arguments)))
-        raise typer.Exit(int(error.code)) from error
-    if drawing is None:
+    except Exception as error:
+        error.__dict__["arguments"] = arguments
+        raise
+    if output_format is Format.json:
         from rnnprune_cli.report.json import render
 
         print(render(document))
     else:
         from rich.console import Console
 
-        Console(width=None if sys.stdout.isatty() else 160, soft_wrap=False).print(drawing)
+        Console(width=None if sys.stdout.isatty() else 160).print(drawing)
 
 
 def main() -> None:
@@ -244,43 +246,60 @@ def main() -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)
-    verbose = "--verbose" in sys.argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an ASCII terminal has no arrows
     try:
-        code = app(standalone_mode=False)
-        sys.exit(code or 0)
-    except typer.Abort:
-        sys.exit(int(ExitCode.INTERRUPTED))
-    except KeyboardInterrupt:
-        print("rnnprune: interrupted; nothing was written", file=sys.stderr)
-        sys.exit(int(ExitCode.INTERRUPTED))
+        sys.exit(app(standalone_mode=False) or 0)
+    except BrokenPipeError:
+        # Whoever read stdout has seen enough; what was asked for is done.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(int(ExitCode.OK))
+    except (KeyboardInterrupt, typer.Abort):
+        _fail(
+            RnnpruneError("interrupted; no model was written", code=ExitCode.INTERRUPTED),
+            arguments={"argv": sys.argv[1:]},
+        )
     except Exception as error:
-        sys.exit(_last_resort(error, verbose))
+        if "--verbose" in sys.argv:
+            import traceback
+
+            traceback.print_exception(error)
+        _fail(_as_ours(error), getattr(error, "arguments", {"argv": sys.argv[1:]}))
 
 
-def _last_resort(error: Exception, verbose: bool) -> int:
-    usage = getattr(error, "format_message", None)  # typer's and click's own errors
-    if usage is not None:
-        print(f"rnnprune: {' '.join(usage().split())}", file=sys.stderr)
-        print("          'rnnprune --help' lists commands and options", file=sys.stderr)
-        return int(ExitCode.USAGE)
-    if verbose:
-        import traceback
-
-        traceback.print_exception(error)
+def _as_ours(error: Exception) -> RnnpruneError:
+    """Turns any exception into one with a message, a hint and an exit code."""
     if isinstance(error, RnnpruneError):
-        from rnnprune_cli.console import show_error
-
-        show_error(error)
-        return int(error.code)
+        return error
+    usage = getattr(error, "format_message", None)  # typer's own errors
+    if usage is not None:
+        return UsageError(usage(), "'rnnprune --help' lists commands and options")
     if isinstance(error, MemoryError):
-        print("rnnprune: out of memory", file=sys.stderr)
-        return int(ExitCode.UNSUPPORTED)
-    print(
-        f"rnnprune: defect: {type(error).__name__}: {' '.join(str(error).split())[:300]}",
-        file=sys.stderr,
+        return RnnpruneError("out of memory", "close other programs or take a larger machine")
+    if isinstance(error, OSError) and error.strerror:
+        place = f"{error.filename}: " if error.filename else ""
+        return RnnpruneError(
+            f"{place}{error.strerror}", "check its path, its rights, and the space left"
+        )
+    return RnnpruneError(
+        f"defect: {type(error).__name__}: {str(error)[:300]}",
+        "run again with --verbose and report what it prints",
+        ExitCode.DEFECT,
     )
-    print("          run again with --verbose and report what it prints", file=sys.stderr)
-    return int(ExitCode.DEFECT)
+
+
+def _fail(error: RnnpruneError, arguments: dict[str, Any]) -> NoReturn:
+    """Says what went wrong, as JSON too where that was asked for, and ends the process."""
+    from rnnprune_cli.console import show_error
+
+    show_error(error)
+    words = " ".join(sys.argv).replace("=", " ").split()
+    if ("--format", "json") in zip(words, words[1:], strict=False):
+        from rnnprune_cli.report.json import error_document, render
+
+        print(render(error_document(error, arguments)))
+    sys.exit(int(error.code))
 
 
 if __name__ == "__main__":

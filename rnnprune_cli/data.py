@@ -97,6 +97,12 @@ def load_dataset(path: Path, specs: Sequence[TensorSpec]) -> Dataset:
             f"{path}: array '{unknown[0]}' is no input of the model", closest(unknown[0], names)
         )
     inputs = {s.name: _fit(arrays[s.name], s, path) for s in specs}
+    for name, array in inputs.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise RnnpruneError(
+                f"{path}: array '{name}' holds NaN or infinite values",
+                "pad with zeros and give 'lengths'; a model's answer to NaN says nothing",
+            )
     stacked = {s.name for s in specs if s.shape and inputs[s.name].ndim == len(s.shape) + 1}
     per_sample = stacked | {s.name for s in specs if _has_sample_axis(inputs[s.name], s)}
     counts = {name: len(inputs[name]) for name in per_sample}
@@ -215,7 +221,7 @@ def made_up_feeds(runner: Runner, seed: int, longest: int = _STEPS[0]) -> list[F
             except RnnpruneError as error:
                 problem = problem or error
                 continue
-            if all(o.size for o in outputs):
+            if all(o.size for o in outputs) and not any(has_nan(o) for o in outputs):
                 feeds.append(feed)
                 break
         runner.reset()
@@ -223,10 +229,15 @@ def made_up_feeds(runner: Runner, seed: int, longest: int = _STEPS[0]) -> list[F
         shapes = ", ".join(f"{s.name} {_shown(s)}" for s in runner.inputs)
         raise RnnpruneError(
             f"the model accepts no made-up input ({shapes}): "
-            + (problem.message if problem else "every output was empty"),
+            + (problem.message if problem else "every output was empty or NaN"),
             "give inputs that it accepts with --data inputs.npz (an array for each input)",
         )
     return feeds
+
+
+def has_nan(output: Array) -> bool:
+    """Tells whether an output holds NaN, which would make every comparison with it empty."""
+    return output.dtype.kind == "f" and bool(np.isnan(output).any())
 
 
 def _modes(specs: Sequence[TensorSpec]) -> list[dict[str, int | float]]:

@@ -24,7 +24,7 @@ MAX_INSTANCES = 200_000
 MAX_FOLDED_BYTES = 1 << 31
 
 _ELEMENTWISE = frozenset(
-    {"Add", "Sub", "Mul", "Div", "Pow", "Less", "Where", "BitwiseAnd", "Expand"}
+    {"Add", "Sub", "Mul", "Div", "Pow", "Mod", "BitShift", "Less", "Where", "BitwiseAnd", "Expand"}
 )
 # Ops whose output holds no more elements than their inputs together.
 _MOVING = frozenset(

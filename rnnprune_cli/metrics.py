@@ -195,6 +195,12 @@ def _items(
         target = target.reshape(-1)
         labelled = target >= 0
         prediction, target = prediction[labelled], target[labelled].astype(np.int64)
+        classes = max(prediction.shape[-1], 2)
+        if target.max(initial=0) >= classes:
+            raise RnnpruneError(
+                f"label {target.max()} is no class of a model with {classes} of them",
+                "labels count from 0; give steps without one a label below 0",
+            )
     return prediction, target
 
 

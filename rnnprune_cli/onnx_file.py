@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from onnx import TensorProto
 
 from rnnprune_cli.errors import RnnpruneError
 
@@ -47,7 +49,7 @@ def read_proto(path: Path) -> onnx.ModelProto:
         raise RnnpruneError(f"{path} is not an ONNX model: it holds no graph", _DAMAGED)
     for tensor in tensors(proto):
         _check_tensor(tensor, path)
-    for graph in graphs(proto):
+    for graph in (*graphs(proto), *proto.functions):
         _densify(graph, path)
     _check_structure(proto, path)
     return proto
@@ -55,10 +57,14 @@ def read_proto(path: Path) -> onnx.ModelProto:
 
 def deserialize(proto: onnx.ModelProto, path: Path) -> ir.Model:
     """Turns a checked proto into onnx-ir, with external data bound to the model's folder."""
+    logging.getLogger("onnx_ir").setLevel(logging.CRITICAL)  # its warnings name no remedy
     try:
         model = ir.from_proto(proto)
     except Exception as error:  # onnx-ir raises many unrelated types on invalid models
-        reason = str(error).splitlines()[0][:200]
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = " ".join(str(cause).split())[:200]
         raise RnnpruneError(f"{path} is not a valid ONNX model: {reason}", _DAMAGED) from error
     for graph in (model.graph, *(f.graph for f in model.functions.values())):
         ir.external_data.set_base_dir(graph, path.parent.resolve())
@@ -128,6 +134,40 @@ def _location(tensor: onnx.TensorProto) -> str:
     return _entries(tensor).get("location", "")
 
 
+_FIELDS: dict[int, str] = {
+    TensorProto.FLOAT: "float_data",
+    TensorProto.DOUBLE: "double_data",
+    TensorProto.INT64: "int64_data",
+    TensorProto.UINT32: "uint64_data",
+    TensorProto.UINT64: "uint64_data",
+    **dict.fromkeys(
+        (
+            TensorProto.INT32,
+            TensorProto.INT16,
+            TensorProto.INT8,
+            TensorProto.UINT16,
+            TensorProto.UINT8,
+            TensorProto.BOOL,
+            TensorProto.FLOAT16,
+            TensorProto.BFLOAT16,
+        ),
+        "int32_data",
+    ),
+}
+"""Type → field of TensorProto that holds one entry for each element, where data are not raw."""
+
+
+def _stored_elements(tensor: onnx.TensorProto) -> int | None:
+    """Elements in the typed field of a tensor; None for raw data and for packed types."""
+    if tensor.HasField("raw_data") or tensor.data_type not in _FIELDS:
+        return None
+    return len(getattr(tensor, _FIELDS[tensor.data_type]))
+
+
+def _elements(tensor: onnx.TensorProto) -> int:
+    return int(np.prod([int(d) for d in tensor.dims], dtype=object))
+
+
 def _bytes_needed(tensor: onnx.TensorProto, path: Path) -> int | None:
     """Bytes of a tensor's data in raw form; None for strings and unknown types."""
     if any(d < 0 for d in tensor.dims):
@@ -137,8 +177,7 @@ def _bytes_needed(tensor: onnx.TensorProto, path: Path) -> int | None:
         bits = dtype.bitwidth
     except (ValueError, TypeError):
         return None
-    count = int(np.prod([int(d) for d in tensor.dims], dtype=object))
-    return -(-count * bits // 8)
+    return -(-_elements(tensor) * bits // 8)
 
 
 def _check_tensor(tensor: onnx.TensorProto, path: Path) -> None:
@@ -148,6 +187,13 @@ def _check_tensor(tensor: onnx.TensorProto, path: Path) -> None:
             raise RnnpruneError(
                 f"{path}: tensor '{tensor.name}' of shape {list(tensor.dims)} needs {needed} bytes,"
                 f" the file holds {len(tensor.raw_data)}",
+                _DAMAGED,
+            )
+        stored = _stored_elements(tensor)
+        if needed is not None and stored is not None and stored != _elements(tensor):
+            raise RnnpruneError(
+                f"{path}: tensor '{tensor.name}' of shape {list(tensor.dims)} holds {stored}"
+                " elements",
                 _DAMAGED,
             )
         return
@@ -160,7 +206,7 @@ def _check_tensor(tensor: onnx.TensorProto, path: Path) -> None:
             " folder",
             "data files must lie beside the model; save it again with a relative location",
         )
-    if not target.is_file():
+    if not (path.parent / location).is_file():
         raise RnnpruneError(
             f"{path}: the data file '{location}' of tensor '{tensor.name}' is missing",
             "copy it next to the model",
@@ -210,10 +256,11 @@ def _check_order(
         known.update(node.output)
 
 
-def _densify(graph: onnx.GraphProto, path: Path) -> None:
-    for sparse in graph.sparse_initializer:
-        graph.initializer.append(_dense(sparse, sparse.values.name, path))
-    del graph.sparse_initializer[:]
+def _densify(graph: onnx.GraphProto | onnx.FunctionProto, path: Path) -> None:
+    if isinstance(graph, onnx.GraphProto):
+        for sparse in graph.sparse_initializer:
+            graph.initializer.append(_dense(sparse, sparse.values.name, path))
+        del graph.sparse_initializer[:]
     for node in graph.node:
         for attr in node.attribute:
             if node.op_type == "Constant" and attr.name == "sparse_value":

@@ -13,7 +13,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from rnnprune_cli.errors import NotEquivalentError, UsageError
+from rnnprune_cli.errors import NotEquivalentError, RnnpruneError
 from rnnprune_cli.find import ROLES, Found, Site, exclusive, find, locate, reader, readers
 from rnnprune_cli.graph import Folder, Walker, stored_tensor
 from rnnprune_cli.model import (
@@ -36,7 +36,7 @@ from rnnprune_cli.rewrite import packed, sparse
 from rnnprune_cli.rewrite.build import MIN_IR_INITIALIZERS, Builder, value_names
 from rnnprune_cli.rewrite.place import Placer, lazy_tensor
 from rnnprune_cli.rewrite.runnable import make_runnable, obstacles
-from rnnprune_cli.runtime import BIG_MODEL_BYTES, OnnxRunner
+from rnnprune_cli.runtime import BIG_MODEL_BYTES, OnnxRunner, first_line
 
 Values = Mapping[str, Callable[[], Array]]
 
@@ -66,8 +66,9 @@ class OnnxModel(LoadedModel):
         self.path = shown_path or path
         proto = read_proto(path)
         self.files = (path, *external_files(proto, path))
-        self._external = len(self.files) > 1
-        self.big = sum(f.stat().st_size for f in self.files) > BIG_MODEL_BYTES
+        size = sum(f.stat().st_size for f in self.files)
+        self._external = len(self.files) > 1 or size > MAX_INLINE_BYTES
+        self.big = size > BIG_MODEL_BYTES
         model = deserialize(proto, path)
         walker = Walker(model)
         self._found: Found = find(walker)
@@ -157,7 +158,13 @@ class OnnxModel(LoadedModel):
         """Inlines functions, so that every executed node exists once; pairs nodes and layers."""
         names = [located.name for located in locate(Walker(model))]
         if model.functions:
-            common.InlinePass()(model)  # keeps the order of execution
+            try:
+                common.InlinePass()(model)  # keeps the order of execution
+            except Exception as error:  # onnx-ir raises many unrelated types
+                raise RnnpruneError(
+                    f"{self.path}: its functions cannot be inlined: {first_line(error)}",
+                    "inline them when exporting (onnx.inliner.inline_local_functions)",
+                ) from error
         nodes = [located.instance.node for located in locate(Walker(model))]
         known = self._found.by_name
         return [(n, known[name]) for name, n in zip(names, nodes, strict=True) if name in known]
@@ -254,7 +261,9 @@ class OnnxModel(LoadedModel):
             reasons["packed"] = f"IR version {self._ir_version} with opset {opset} has no constants"
         else:
             sizes["packed"] = packed.smallest(weight.size, nonzero, itemsize, opset)[1]
-        if opset < sparse.MIN_OPSET:
+        if self._external:
+            reasons["sparse"] = "external data cannot hold sparse tensors"
+        elif opset < sparse.MIN_OPSET:
             reasons["sparse"] = f"opset {opset} has no sparse tensors (needs {sparse.MIN_OPSET})"
         elif options.values == "float32":
             sizes["sparse"] = sparse.nbytes(nonzero, weight.dtype.itemsize)
@@ -268,13 +277,7 @@ class OnnxModel(LoadedModel):
         return best, f"'{weight.name}' is not stored {options.export}: {reason}"
 
     def _write(self, model: ir.Model, path: Path, sparse_names: set[str]) -> tuple[Path, ...]:
-        size = sum(t.nbytes for v in _constants(model) if (t := stored_tensor(v)) is not None)
-        if self._external or size > MAX_INLINE_BYTES:
-            if sparse_names:
-                raise UsageError(
-                    "sparse tensors cannot be kept in external data",
-                    "use --export packed or --export dense for a model of this size",
-                )
+        if self._external:
             data = f"{path.name}.data"
             ir.save(model, path, external_data=data)
             return tuple(p for p in (path, path.parent / data) if p.exists())

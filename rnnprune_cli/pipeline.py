@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from rnnprune_cli import __version__, measure
-from rnnprune_cli.data import Dataset, load_dataset, made_up_feeds
+from rnnprune_cli.data import Dataset, has_nan, load_dataset, made_up_feeds
 from rnnprune_cli.errors import RnnpruneError, UsageError, closest
 from rnnprune_cli.load import TENSORFLOW_SUFFIXES, load
 from rnnprune_cli.methods import method as find_method
@@ -31,6 +31,7 @@ from rnnprune_cli.model import (
     Feed,
     LayerRow,
     LoadedModel,
+    Masks,
     Measurement,
     MetricValue,
     ModelInfo,
@@ -85,6 +86,7 @@ class PruneOptions:
     signature: str | None = None
     threads: int = 1
     force: bool = False
+    reports: tuple[Path, ...] = ()
     latency_seconds: float = 0.7
 
 
@@ -108,9 +110,10 @@ def prune(options: PruneOptions, arguments: Mapping[str, Any], progress: Progres
     """
     _check_options(options)
     output, output_format = output_path(options.model, options.output)
-    _check_output(options, output)
+    _check_output(options, output, output_format)
     progress(f"reading {options.model}")
     source = load(options.model, options.signature, options.threads)
+    _protect(source, output)
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(1))
         described = pool.submit(_describe, source.files)
@@ -229,8 +232,10 @@ def output_path(model: Path, output: Path | None) -> tuple[Path, str]:
     own = "savedmodel" if model.is_dir() else "keras" if from_tensorflow else "onnx"
     if output is None:
         if model.is_dir():
-            return model.resolve().with_name(f"{model.resolve().name}.pruned"), own
-        return model.with_name(f"{model.stem}.pruned{model.suffix}"), own
+            named = model.resolve() if model.name in ("", "..") else model
+            return named.with_name(f"{named.name}.pruned"), own
+        suffix = model.suffix if from_tensorflow else ".onnx"
+        return model.with_name(f"{model.stem}.pruned{suffix}"), own
     suffix = output.suffix.lower()
     if suffix == ".onnx":
         return output, "onnx"
@@ -251,7 +256,7 @@ def output_path(model: Path, output: Path | None) -> tuple[Path, str]:
     return output, own
 
 
-def _check_output(options: PruneOptions, output: Path) -> None:
+def _check_output(options: PruneOptions, output: Path, output_format: str) -> None:
     if output.resolve() == options.model.resolve():
         raise UsageError(
             f"the output {output} is the input", "give another path with -o; the input is kept"
@@ -267,11 +272,31 @@ def _check_output(options: PruneOptions, output: Path) -> None:
     for path in (output, _data_file(output)):
         if path.exists() and not options.force:
             raise UsageError(f"{path} exists already", "overwrite it with --force, or give -o")
+        if any(report.resolve() == path.resolve() for report in options.reports):
+            raise UsageError(f"{path} is the output and a report", "give one of them another path")
+    if output.exists() and (output.is_dir() != (output_format == "savedmodel")):
+        raise UsageError(
+            f"{output} is " + ("a directory" if output.is_dir() else "no directory"),
+            "it is not replaced by the other kind; give another path with -o",
+        )
+    if output.exists() and not output.is_dir() and not output.is_file():
+        raise UsageError(f"{output} is no regular file", "give another path with -o")
     if output.is_dir() and any(output.iterdir()) and not (output / "saved_model.pb").is_file():
         raise UsageError(
             f"{output} is a directory that holds no SavedModel",
             "it is not overwritten, not even with --force; give another path with -o",
         )
+
+
+def _protect(source: LoadedModel, output: Path) -> None:
+    """Raises UsageError if writing the output would destroy a file of the input."""
+    for file in source.files:
+        for path in (output, _data_file(output)):
+            if path.exists() and path.samefile(file):
+                raise UsageError(
+                    f"writing {output} would replace {path}, which belongs to the input",
+                    "give another path with -o",
+                )
 
 
 def _data_file(output: Path) -> Path:
@@ -300,9 +325,20 @@ def _folder_beside(output: Path) -> Iterator[Path]:
 
 def _move(saved: Saved, output: Path, folder: Path) -> None:
     """Moves what was written to its place, the model file last."""
-    if output.is_dir():
-        output.rename(folder / "replaced")
-    for file in reversed([saved.path] if saved.path.is_dir() else saved.files):
+    if saved.path.is_dir():
+        older = folder / "replaced"
+        if output.is_dir():
+            output.rename(older)
+        try:
+            saved.path.rename(output)
+        except BaseException:
+            if older.exists():
+                older.rename(output)
+            raise
+        return
+    if len(saved.files) > 1:
+        output.unlink(missing_ok=True)  # an older model must never meet the new one's data
+    for file in reversed(saved.files):
         file.replace(output.with_name(file.name))
     if saved.format == "onnx" and len(saved.files) == 1:
         _data_file(output).unlink(missing_ok=True)  # of the model that --force replaced
@@ -421,13 +457,27 @@ def make_masks(
         progress(f"scoring {', '.join(w.name for w in family[:2])}")
         scores = {w.name: score(w, np.random.default_rng([seed, weights[w.name]])) for w in family}
         masks.update(select(scores, family, stage.scope, stage.sparsity))
-    if stage.sparsity > 0 and all(mask.all() for mask in masks.values()):
+    if stage.sparsity > 0 and not any(_removes(w, masks) for w in _weights(layers)):
+        kept = sum(w.nonzero for w in _weights(layers))
+        share = 1 - kept / sum(w.size for w in _weights(layers))
         raise RnnpruneError(
-            f"sparsity {stage.sparsity:g} removes not a single weight: the layers are too small, or"
-            " share their weights with layers that are not selected",
+            f"sparsity {stage.sparsity:g} removes not a single weight: {share:.2f} of them are zero"
+            " already, or the layers are too small, or share their weights with others",
             "ask for a higher --sparsity, or select other --layers",
         )
     return masks, blocked
+
+
+def _removes(weight: Weight, masks: Masks) -> bool:
+    """Tells whether a mask removes anything that is not zero yet; looks no further than needed."""
+    mask = masks.get(weight.name)
+    if mask is None:
+        return False
+    values = weight.read()
+    return any(
+        bool(np.any(values[:, start : start + 64][~mask[:, start : start + 64]]))
+        for start in range(0, weight.shape[1], 64)
+    )
 
 
 def _layer_rows(
@@ -473,7 +523,15 @@ def _feeds(
         macs = sum(layer.macs_per_step for layer in layers)
         return made_up_feeds(original, seed, max(1, _MACS_OF_MADE_UP_FEED // macs))
     bounds = list(data.batches(_VERIFIED_SAMPLES))[: 1 if not data.stacked else _VERIFIED_SAMPLES]
-    return [data.feed(start, stop) for start, stop in bounds]
+    feeds: list[Feed] = [data.feed(start, stop) for start, stop in bounds]
+    for feed in feeds:
+        original.reset()
+        if any(has_nan(output) for output in original.run(feed)):
+            raise RnnpruneError(
+                "the original model answers the data with NaN, so nothing can be compared",
+                "check the data against what the model was trained on",
+            )
+    return feeds
 
 
 def _verify(

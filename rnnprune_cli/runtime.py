@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,11 @@ class OnnxRunner(Runner):
         return [np.asarray(r) for r in results]
 
 
+_SOURCE_PLACE = re.compile(r"/onnxruntime_src/\S+:\d+ ")
+
+
 def first_line(error: BaseException, limit: int = 240) -> str:
     """Returns the first line of an exception's text, shortened."""
     text = str(error).strip() or type(error).__name__
-    line = text.splitlines()[0]
+    line = _SOURCE_PLACE.sub("", text.splitlines()[0])
     return line if len(line) <= limit else line[: limit - 1] + "…"

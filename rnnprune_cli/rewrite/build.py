@@ -29,6 +29,7 @@ class Builder:
         self._taken = taken
         self._first = next(iter(graph))
         self._shared: dict[str, ir.Value] = {}
+        self._next: dict[str, int] = {}
 
     def constant(
         self, name: str, tensor: Array | ir.TensorProtocol, own_name: bool = False
@@ -64,21 +65,23 @@ class Builder:
         op_type: str,
         inputs: list[ir.Value],
         output: str | None = None,
-        **attributes: int | list[int] | ir.TensorProtocol,
+        **attributes: int | str | list[int] | ir.TensorProtocol,
     ) -> ir.Value:
         """Adds a node with one output, before all nodes that were there."""
-        name = output if output is not None else self.unique(f"rnnprune/{op_type}")
-        node = ir.node(op_type, inputs, attributes=attributes, name=self.unique(f"{name}/node"))
-        node.outputs[0].name = name
+        # Short names, and none for the node: they are a good part of a small model's file.
+        node = ir.node(op_type, inputs, attributes=attributes)
+        node.outputs[0].name = output if output is not None else self.unique("rnnprune")
         self._graph.insert_before(self._first, node)
         return node.outputs[0]
 
     def unique(self, name: str) -> str:
         """Returns a name that nothing else in the model has, and reserves it."""
-        candidate, number = name, 1
+        candidate = name
+        number = self._next.get(name, 1)
         while candidate in self._taken:
             number += 1
             candidate = f"{name}_{number}"
+        self._next[name] = number
         self._taken.add(candidate)
         return candidate
 

@@ -6,7 +6,7 @@ rebuild the dense weight; onnxruntime evaluates them once, when it loads the mod
 as fast as with the dense weight and bit for bit the same. (NonZero would be shorter, but
 onnxruntime does not fold it.)
 
-    bitmap → Gather(byte → 8 bits) → running count → times bit → Gather(0 and values) → Reshape → W
+    bitmap → BitShift, Mod (byte → 8 bits) → running count → times bit → Gather(0 and values) → Reshape → W
     gaps → CumSum → ScatterElements(values into ConstantOfShape(0)) → Reshape → W
 """
 
@@ -28,10 +28,10 @@ MIN_OPSET = 7
 MIN_OPSET_CONSTANT = 9
 """Before, Constant held floating-point numbers only."""
 MIN_OPSET_CUMSUM = 11
-"""CumSum and ScatterElements came with operator set 11; before it, there are no gaps."""
+"""CumSum, ScatterElements and BitShift came with operator set 11; before, there are no gaps."""
 BLOCK = 256
 """Bits per block of the running count before CumSum; the counts of blocks are stored."""
-GRAPH_OVERHEAD = 1400
+GRAPH_OVERHEAD = 900
 """Bytes that the unpacking nodes of one weight add to a file, rounded up."""
 
 
@@ -190,10 +190,18 @@ def _from_bitmap(packed: Packed, build: Builder, name: str) -> ir.Value:
     padded = -(-size // step) * step
     bitmap = np.zeros(padded // 8, np.uint8)
     bitmap[: packed.positions.size] = packed.positions
-    table = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
     whole = build.shared("rnnprune/whole", np.array([-1], np.int64))
-    index = _cast(build, build.constant(f"{name}/bitmap", bitmap), np.int32)
-    bits = build.node("Gather", [build.shared("rnnprune/bits", table), index], axis=0)
+    if build.opset >= MIN_OPSET_CUMSUM:
+        # Bit k of a byte is (byte >> k) mod 2.
+        column = build.constant(f"{name}/bitmap", bitmap[:, None])
+        shifts = build.shared("rnnprune/shifts", np.arange(8, dtype=np.uint8))
+        two = build.shared("rnnprune/two", np.array(2, np.uint8))
+        shifted = build.node("BitShift", [column, shifts], direction="RIGHT")
+        bits = build.node("Mod", [shifted, two])
+    else:
+        table = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+        index = _cast(build, build.constant(f"{name}/bitmap", bitmap), np.int32)
+        bits = build.node("Gather", [build.shared("rnnprune/bits", table), index], axis=0)
     ones = _cast(build, build.node("Reshape", [bits, whole]), np.int32)
     if build.opset >= MIN_OPSET_CUMSUM:
         axis = build.shared("rnnprune/axis", np.array(0, np.int64))

@@ -391,7 +391,8 @@ def _write_savedmodel(tf: Any, keras: Any, model: Any, target: Path) -> None:  #
     if not model.inputs:
         raise ValueError("the model does not know the shape of its input")
     specs = [tf.TensorSpec(i.shape, i.dtype, i.name.split(":")[0]) for i in model.inputs]
-    names = list(model.output_names)
+    # A Sequential has one output, and in Keras 3 no name for it.
+    names = list(getattr(model, "output_names", None) or ["output"])
     if len(set(names)) < len(names):
         names = [f"output_{position}" for position in range(len(names))]
 
