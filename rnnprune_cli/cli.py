@@ -6,6 +6,7 @@ Nothing heavy is imported before a command needs it, so that ``--help`` is insta
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import signal
 import sys
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="rnnprune",
     help="Compress saved recurrent models: ONNX or TensorFlow in, smaller model and report out.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -56,11 +56,13 @@ Verbose = Annotated[
 
 @app.callback(invoke_without_command=True)
 def _root(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
 ) -> None:
     if version:
         print(f"rnnprune {__version__}")
-        raise typer.Exit
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command()
@@ -295,7 +297,7 @@ def _fail(error: RnnpruneError, arguments: dict[str, Any]) -> NoReturn:
 
     show_error(error)
     words = " ".join(sys.argv).replace("=", " ").split()
-    if ("--format", "json") in zip(words, words[1:], strict=False):
+    if ("--format", "json") in itertools.pairwise(words):
         from rnnprune_cli.report.json import error_document, render
 
         print(render(error_document(error, arguments)))

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-from rnnprune_cli.errors import RnnpruneError
+from rnnprune_cli.errors import RnnpruneError, printable
 
 
 @contextlib.contextmanager
@@ -31,10 +31,6 @@ def progress(quiet: bool, verbose: bool) -> Iterator[Callable[[str], None]]:
 
 def show_error(error: RnnpruneError) -> None:
     """Prints an error: what is wrong on one line, what to do on the next."""
-    print(f"rnnprune: {_one_line(error.message)}", file=sys.stderr)
+    print(f"rnnprune: {printable(' '.join(error.message.split()))}", file=sys.stderr)
     if error.hint:
-        print(f"          {_one_line(error.hint)}", file=sys.stderr)
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+        print(f"          {printable(' '.join(error.hint.split()))}", file=sys.stderr)

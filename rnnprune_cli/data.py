@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from rnnprune_cli.errors import RnnpruneError, UsageError, closest
-from rnnprune_cli.model import Array, Feed, Runner, TensorSpec
+from rnnprune_cli.model import Array, BoolArray, Feed, Runner, TensorSpec
 
 MAX_DATA_BYTES = 8 << 30
 """A data set larger than this, unpacked, is refused: a small zip can claim any size."""
@@ -29,6 +29,7 @@ class Dataset:
         per_sample: Names of the inputs that differ by sample.
         stacked: Names of per-sample inputs whose samples are whole feeds (one axis more than the
             model's input).
+        single: A feed holds one sample only (stacked feeds, a fixed batch, a given state).
         count: Number of samples.
         targets: Output name → expected values, first axis the samples; ``""`` for ``labels``.
         lengths: Valid steps of each sample; None if nothing is padded.
@@ -37,6 +38,7 @@ class Dataset:
     inputs: Mapping[str, Array]
     per_sample: frozenset[str]
     stacked: frozenset[str]
+    single: bool
     count: int
     targets: Mapping[str, Array]
     lengths: Array | None
@@ -51,13 +53,20 @@ class Dataset:
         }
 
     def batches(self, size: int) -> Iterator[tuple[int, int]]:
-        """Yields the bounds of consecutive batches; one sample at a time if feeds are stacked."""
-        step = 1 if self.stacked or self._fixed() else size
+        """Yields the bounds of consecutive batches."""
+        step = 1 if self.single else size
         for start in range(0, self.count, step):
             yield start, min(start + step, self.count)
 
-    def _fixed(self) -> bool:
-        return len(self.per_sample) < len(self.inputs)
+    def valid(self, start: int, stop: int) -> BoolArray | None:
+        """Marks the steps of the samples that are no padding, ``[samples, steps]``.
+
+        None if nothing is padded, or the inputs have no steps.
+        """
+        padded = [a.shape[1] for n, a in self.inputs.items() if n in self.per_sample and a.ndim > 1]
+        if self.lengths is None or self.stacked or not padded:
+            return None
+        return np.asarray(np.arange(padded[0])[None] < self.lengths[start:stop, None])
 
 
 def load_dataset(path: Path, specs: Sequence[TensorSpec]) -> Dataset:
@@ -105,6 +114,10 @@ def load_dataset(path: Path, specs: Sequence[TensorSpec]) -> Dataset:
             )
     stacked = {s.name for s in specs if s.shape and inputs[s.name].ndim == len(s.shape) + 1}
     per_sample = stacked | {s.name for s in specs if _has_sample_axis(inputs[s.name], s)}
+    single = bool(stacked) or any(
+        s.name in per_sample and s.shape is not None and s.shape[0] == 1 for s in specs
+    )
+    single = single or len(per_sample) < len(specs)
     counts = {name: len(inputs[name]) for name in per_sample}
     if len(set(counts.values())) > 1:
         # Not a set of samples, then: the arrays must be one feed as they are.
@@ -113,15 +126,39 @@ def load_dataset(path: Path, specs: Sequence[TensorSpec]) -> Dataset:
     targets = {n.removeprefix(_TARGET): a for n, a in arrays.items() if n.startswith(_TARGET)}
     if "labels" in arrays:
         targets[""] = arrays["labels"]
-    lengths = arrays.get("lengths") if "lengths" not in names else inputs["lengths"]
-    for name, array in [*targets.items(), *([("lengths", lengths)] if lengths is not None else [])]:
-        if array is not None and (array.ndim == 0 or len(array) != count) and per_sample:
+    lengths = arrays.get("lengths")
+    if "lengths" in stacked or (lengths is not None and not per_sample):
+        lengths = None  # of the sequences inside one feed, not of samples
+    _check_targets(targets, lengths, count, bool(per_sample), path)
+    return Dataset(
+        inputs, frozenset(per_sample), frozenset(stacked), single, count, targets, lengths
+    )
+
+
+def _check_targets(
+    targets: Mapping[str, Array], lengths: Array | None, count: int, samples: bool, path: Path
+) -> None:
+    if count == 0:
+        raise RnnpruneError(f"{path} holds no samples", "there is nothing to compare on")
+    if len(targets) > 1:
+        raise RnnpruneError(
+            f"{path} holds several targets: {', '.join(n or 'labels' for n in targets)}",
+            "leave one of them; a metric is measured on one output",
+        )
+    labelled = [(name or "labels", array) for name, array in targets.items()]
+    for name, array in [*labelled, *([("lengths", lengths)] if lengths is not None else [])]:
+        if samples and (array.ndim == 0 or len(array) != count):
             raise RnnpruneError(
-                f"{path}: '{name or 'labels'}' has shape {list(array.shape)}, but there are {count}"
-                " samples",
+                f"{path}: '{name}' has shape {list(array.shape)}, but there are {count} samples",
                 "its first axis must be the samples",
             )
-    return Dataset(inputs, frozenset(per_sample), frozenset(stacked), count, targets, lengths)
+        if array.dtype.kind not in "fiub":
+            raise RnnpruneError(f"{path}: '{name}' has type {array.dtype}", "save numbers")
+    if lengths is not None and (lengths.ndim != 1 or lengths.dtype.kind not in "iu"):
+        raise RnnpruneError(
+            f"{path}: 'lengths' has shape {list(lengths.shape)} and type {lengths.dtype}",
+            "it must hold an integer for each sample",
+        )
 
 
 def _read_npz(path: Path) -> dict[str, Array]:
@@ -156,7 +193,14 @@ def _fit(array: Array, spec: TensorSpec, path: Path) -> Array:
                 f"{path}: array '{spec.name}' has type {array.dtype}, the model wants {spec.dtype}",
                 f"save it as {spec.dtype}",
             )
-        array = array.astype(spec.dtype)
+        with np.errstate(over="ignore"):
+            cast = array.astype(spec.dtype)
+        if array.dtype.kind in "iu" and not np.array_equal(cast, array):
+            raise RnnpruneError(
+                f"{path}: array '{spec.name}' holds values that {spec.dtype} cannot hold",
+                "check the data against the model's input",
+            )
+        array = cast
     if spec.shape is not None and array.ndim not in (len(spec.shape), len(spec.shape) + 1):
         raise RnnpruneError(
             f"{path}: array '{spec.name}' has shape {list(array.shape)}, the model wants"
@@ -171,6 +215,8 @@ def _has_sample_axis(array: Array, spec: TensorSpec) -> bool:
     if not spec.shape or array.ndim != len(spec.shape):
         return False
     first = spec.shape[0]
+    if isinstance(first, str) and _STEPS_NAME.search(first):
+        return False  # [steps, batch, …]: one sample is a whole feed
     return not isinstance(first, int) or first == 1
 
 

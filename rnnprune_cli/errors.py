@@ -65,3 +65,8 @@ def closest(name: str, valid: Iterable[str]) -> str:
         return "did you mean " + " or ".join(repr(word) for word in near) + "?"
     shown = ", ".join(words[:12]) + (", …" if len(words) > 12 else "")
     return f"valid: {shown}" if words else ""
+
+
+def printable(text: str) -> str:
+    """Returns a text without control characters, which names in model files may hold."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text.replace("\n", " "))

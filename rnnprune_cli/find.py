@@ -123,7 +123,7 @@ def find(walker: Walker) -> Found:
             skipped.append(Skipped(located.name, refused[0], _EXPORT_AGAIN))
         else:
             known = tuple(source for source in sources if not isinstance(source, str))
-            candidates.append(_Candidate(located, known, *_check(located, known)))
+            candidates.append(_Candidate(located, known, *_check(walker, located, known)))
     writable, refusals = _writable(walker, candidates)
     skipped.extend(refusals)
     pool = _Pool()
@@ -180,7 +180,9 @@ def _writable(
 ) -> tuple[list[_Candidate], list[Skipped]]:
     """Sorts out the operators whose weights cannot be changed without changing something else."""
     skipped: list[Skipped] = []
+    executed = Counter(id(located.instance.node) for located in locate(walker))
     while True:
+        prunable = Counter(id(c.located.instance.node) for c in candidates)
         reading = _readers(c.located for c in candidates)
         made: dict[int, Array] = {}
         roles: dict[int, set[int]] = defaultdict(set)
@@ -191,7 +193,9 @@ def _writable(
             located = candidate.located
             for site, source in zip(located.sites, candidate.sources, strict=True):
                 through_call = len(site.calls) != len(located.instance.calls)
-                if len(roles[id(site.value)]) > 1:
+                if prunable[id(located.instance.node)] < executed[id(located.instance.node)]:
+                    reason = "is read in a model function that another call gives other weights"
+                elif len(roles[id(site.value)]) > 1:
                     reason = "is one tensor that serves as both W and R"
                 elif through_call and not exclusive(walker, site.value, reading):
                     reason = "is passed to a model function that also uses it for something else"
@@ -286,7 +290,9 @@ class _Pool:
         return self._digests[weight.name]
 
 
-def _check(located: Located, sources: tuple[_Source, ...]) -> tuple[Op, str, int, int]:
+def _check(
+    walker: Walker, located: Located, sources: tuple[_Source, ...]
+) -> tuple[Op, str, int, int]:
     """Holds a node's attributes and weights against each other.
 
     Returns:
@@ -295,7 +301,7 @@ def _check(located: Located, sources: tuple[_Source, ...]) -> tuple[Op, str, int
     node = located.instance.node
     op: Op = next(o for o in get_args(Op) if o == node.op_type)
     direction = "forward"
-    if (given := attribute(located.instance, "direction")) is not None:
+    if (given := attribute(walker, located.instance, "direction")) is not None:
         direction = given.as_string()
     if direction not in ("forward", "reverse", "bidirectional"):
         raise RnnpruneError(f"{op} '{located.name}' has an unknown direction '{direction}'")
@@ -318,7 +324,7 @@ def _check(located: Located, sources: tuple[_Source, ...]) -> tuple[Op, str, int
                 f" {list(expected)}",
                 "the model is not valid ONNX; export it again",
             )
-    size = attribute(located.instance, "hidden_size")
+    size = attribute(walker, located.instance, "hidden_size")
     if size is not None and size.as_int() != hidden:
         raise RnnpruneError(
             f"{op} '{located.name}' says hidden_size={size.as_int()}, but R has {hidden} columns",

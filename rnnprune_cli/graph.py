@@ -21,7 +21,8 @@ Calls = tuple[ir.Node, ...]
 """The function calls, outermost first, through which a node is executed."""
 
 MAX_INSTANCES = 200_000
-MAX_FOLDED_BYTES = 1 << 31
+MAX_FOLDED_BYTES = 1 << 32
+"""All results of one model together."""
 
 _ELEMENTWISE = frozenset(
     {"Add", "Sub", "Mul", "Div", "Pow", "Mod", "BitShift", "Less", "Where", "BitwiseAnd", "Expand"}
@@ -45,16 +46,18 @@ class Instance:
     calls: Calls
 
 
-def attribute(instance: Instance, name: str) -> ir.Attr | None:
-    """Returns an attribute of a node, taken from the call where the node refers to one."""
+def attribute(walker: Walker, instance: Instance, name: str) -> ir.Attr | None:
+    """Returns an attribute of a node, from the call or a function's default if it refers there."""
     attr = instance.node.attributes.get(name)
     calls = instance.calls
     while attr is not None and attr.is_ref():
         if not calls:
             return None
-        attr = calls[-1].attributes.get(attr.ref_attr_name or "")
+        function = walker.model.functions[calls[-1].op_identifier()]
+        name = attr.ref_attr_name or ""
+        attr = calls[-1].attributes.get(name, function.attributes.get(name))
         calls = calls[:-1]
-    return attr
+    return attr if attr is not None and attr.value is not None else None
 
 
 class Walker:
@@ -142,7 +145,7 @@ class Walker:
         producer = value.producer()
         if producer is not None:
             if producer.op_type == "Identity" and producer.domain in ("", "ai.onnx"):
-                source = producer.inputs[0]
+                source = producer.inputs[0] if producer.inputs else None
                 return (source, calls) if source is not None else None
             return None
         graph = value.graph
@@ -233,7 +236,10 @@ def stored_tensor(value: ir.Value) -> ir.TensorProtocol | None:
         return value.const_value
     producer = value.producer()
     if producer is not None and producer.op_type == "Constant" and producer.domain == "":
-        return ir.convenience.get_const_tensor(value)
+        try:
+            return ir.convenience.get_const_tensor(value)
+        except (KeyError, ValueError, TypeError, AttributeError):  # a Constant without a value
+            return None
     return None
 
 
@@ -243,6 +249,7 @@ class Folder:
     def __init__(self, walker: Walker) -> None:
         self._walker = walker
         self._done: dict[tuple[int, tuple[int, ...]], Array | str] = {}
+        self._spent = 0
 
     def fold(self, value: ir.Value, calls: Calls) -> Array | str:
         """Returns the value of a constant expression, or a sentence saying why it is none.
@@ -277,7 +284,11 @@ class Folder:
             if isinstance(folded, str):
                 return folded
             arrays.append(folded)
-        if _bound(node, arrays) > MAX_FOLDED_BYTES:
+        try:
+            self._spent += _bound(node, arrays)
+        except (IndexError, ValueError):
+            return f"{node.op_type} '{node.name}' has inputs that do not fit together"
+        if self._spent > MAX_FOLDED_BYTES:
             return f"'{value.name}' would take more than {MAX_FOLDED_BYTES >> 30} GiB to compute"
         return _run_node(
             node, arrays, self._walker.opset(self._walker.root(node.graph)), value.index() or 0
@@ -286,7 +297,7 @@ class Folder:
 
 def _static_shape(node: ir.Node) -> Array | None:
     """The result of a Shape whose dimensions the file states, whatever its input's values."""
-    value = node.inputs[0]
+    value = node.inputs[0] if node.inputs else None
     if value is None or value.shape is None:
         return None
     start = node.attributes.get_int("start", 0)
@@ -312,7 +323,9 @@ def _bound(node: ir.Node, arrays: list[Array | None]) -> int:
         rows = data.shape[axis] if -data.ndim <= axis < data.ndim else 1
         elements = data.size // max(rows, 1) * given[1].size
     elif node.op_type == "MatMul":
-        elements = given[0].size * given[1].size // max(given[1].shape[0], 1)
+        left, right = (a.shape if a.ndim > 1 else (1, *a.shape, 1) for a in given)
+        batch = np.prod([max(d) for d in _aligned([left[:-2], right[:-2]])], dtype=object)
+        elements = int(batch) * left[-2] * right[-1]
     elif node.op_type == "NonZero":
         elements = given[0].size * max(given[0].ndim, 1)
     else:
@@ -358,6 +371,6 @@ def _run_node(node: ir.Node, arrays: list[Array | None], opset: int, output: int
         )
         folded: Array = session.run(None, feed)[0]
     except Exception as error:  # onnxruntime raises many unrelated types
-        reason = str(error).splitlines()[0][:200]
+        reason = " ".join(str(error).split())[:200]
         return f"onnxruntime cannot evaluate {node.op_type} '{node.name}': {reason}"
     return folded

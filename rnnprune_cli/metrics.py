@@ -9,7 +9,7 @@ import numpy as np
 
 from rnnprune_cli.data import Dataset
 from rnnprune_cli.errors import RnnpruneError, UsageError, closest
-from rnnprune_cli.model import Array, MetricValue, OutputFidelity, TensorSpec
+from rnnprune_cli.model import Array, BoolArray, MetricValue, OutputFidelity, TensorSpec
 
 BATCH = 64
 """Samples that are evaluated at once."""
@@ -19,68 +19,59 @@ BATCH = 64
 class _Metric:
     """A metric that is a mean over items (steps or samples).
 
-    ``per_item`` maps (prediction ``[items, …]``, target ``[items, …]``) to ``[items]``; ``finish``
-    maps the mean to the figure.
+    ``per_item`` maps (prediction ``[items, …]``, target ``[items, …]``, whether predictions are
+    probabilities rather than logits) to ``[items]``; ``finish`` maps the mean to the figure.
     """
 
-    summary: str
     higher_is_better: bool
     classes: bool
-    per_item: Callable[[Array, Array], Array]
+    per_item: Callable[[Array, Array, bool], Array]
     finish: Callable[[float], float] = lambda mean: mean
 
 
-def _log_likelihood(prediction: Array, target: Array) -> Array:
-    """Natural log of the probability of the target class, from logits or probabilities."""
+def _columns(prediction: Array, probabilities: bool) -> Array:
+    """One column for each class: a single one speaks for the second of two classes."""
     values = prediction.astype(np.float64)
+    if values.shape[1] > 1:
+        return values
+    other = 1 - values if probabilities else np.zeros_like(values)
+    return np.concatenate([other, values], axis=1)
+
+
+def _log_likelihood(prediction: Array, target: Array, probabilities: bool) -> Array:
+    """Natural log of the probability of the target class."""
+    values = _columns(prediction, probabilities)
     picked = np.take_along_axis(values, target[:, None], axis=1)[:, 0]
-    if values.min() >= 0 and np.allclose(values.sum(axis=1), 1, atol=1e-3):
+    if probabilities:
         return np.asarray(np.log(np.maximum(picked, 1e-12)))
     top = values.max(axis=1)
     return np.asarray(picked - top - np.log(np.exp(values - top[:, None]).sum(axis=1)))
 
 
-def _hits(prediction: Array, target: Array) -> Array:
-    if prediction.shape[1] == 1:
-        # One logit or probability: the class is decided at 0.5, or at 0 if values leave [0, 1].
-        inside = prediction.min() >= 0 and prediction.max() <= 1
-        guess = prediction[:, 0] > (0.5 if inside else 0.0)
-    else:
-        guess = prediction.argmax(axis=1)
-    return np.asarray(guess == target, np.float64)
+def _hits(prediction: Array, target: Array, probabilities: bool) -> Array:
+    return np.asarray(_columns(prediction, probabilities).argmax(axis=1) == target, np.float64)
 
 
-def _flat_mean(values: Array) -> Array:
-    return np.asarray(values.reshape(len(values), -1).mean(axis=1))
+def _are_probabilities(prediction: Array) -> bool:
+    """Tells whether predictions of classes can be probabilities."""
+    if prediction.size and (prediction.min() < 0 or prediction.max() > 1):
+        return False
+    single = prediction.shape[1] == 1
+    return single or bool(np.allclose(prediction.sum(axis=1), 1, atol=1e-3))
+
+
+def _error(prediction: Array, target: Array) -> Array:
+    return (prediction.astype(np.float64) - target).reshape(len(target), -1)
 
 
 METRICS = {
-    "accuracy": _Metric("share of right classes", True, True, _hits),
-    "bits-per-char": _Metric(
-        "mean bits (-log2 of the right class's probability) per step",
-        False,
-        True,
-        lambda p, t: -_log_likelihood(p, t) / np.log(2),
-    ),
+    "accuracy": _Metric(True, True, _hits),
+    "bits-per-char": _Metric(False, True, lambda p, t, q: -_log_likelihood(p, t, q) / np.log(2)),
     "perplexity": _Metric(
-        "exp of the mean -ln of the right class's probability",
-        False,
-        True,
-        lambda p, t: -_log_likelihood(p, t),
-        lambda mean: float(np.exp(mean)),
+        False, True, lambda p, t, q: -_log_likelihood(p, t, q), lambda mean: float(np.exp(mean))
     ),
-    "mse": _Metric(
-        "mean squared error",
-        False,
-        False,
-        lambda p, t: _flat_mean((p.astype(np.float64) - t) ** 2),
-    ),
-    "mae": _Metric(
-        "mean absolute error",
-        False,
-        False,
-        lambda p, t: _flat_mean(np.abs(p.astype(np.float64) - t)),
-    ),
+    "mse": _Metric(False, False, lambda p, t, q: (_error(p, t) ** 2).mean(axis=1)),
+    "mae": _Metric(False, False, lambda p, t, q: np.abs(_error(p, t)).mean(axis=1)),
 }
 """Name → metric; ``auto`` chooses among them by the labels."""
 
@@ -112,7 +103,8 @@ class Evaluation:
         self._name = name
         target, self._target = next(iter(data.targets.items()))
         self._output = _output_index(outputs, target)
-        self._total, self._items = 0.0, 0
+        self._totals, self._items = np.zeros(2), 0  # as logits, as probabilities
+        self.probabilities = True
 
     def add(self, results: Sequence[Array], start: int, stop: int) -> None:
         """Adds the outputs for the samples ``start`` to ``stop``.
@@ -123,14 +115,22 @@ class Evaluation:
         prediction = results[self._output]
         self._name = _choose(self._name, self._data, prediction, self._target)
         metric = METRICS[self._name]
-        lengths = None if self._data.lengths is None else self._data.lengths[start:stop]
-        p, t = _items(metric, prediction, self._target[start:stop], lengths)
-        if len(t):
-            self._total += float(metric.per_item(p, t).sum())
-            self._items += len(t)
+        valid = self._data.valid(start, stop)
+        p, t = _items(metric, prediction, self._target[start:stop], valid)
+        if len(t) == 0:
+            return
+        if metric.classes:
+            self.probabilities &= _are_probabilities(p)
+        # Which of the two it is shows only when all are seen.
+        self._totals += [float(metric.per_item(p, t, q).sum()) for q in (False, True)]
+        self._items += len(t)
 
-    def value(self) -> MetricValue:
+    def value(self, probabilities: bool | None = None) -> MetricValue:
         """Returns the figure over everything that was added.
+
+        Args:
+            probabilities: Take outputs for probabilities (or logits), as another model's were;
+                None to judge by what was added.
 
         Raises:
             RnnpruneError: If no step had a label.
@@ -138,7 +138,8 @@ class Evaluation:
         if self._items == 0:
             raise RnnpruneError("the data set has no labelled step", "check labels and lengths")
         metric = METRICS[self._name]
-        figure = metric.finish(self._total / self._items)
+        chosen = self.probabilities if probabilities is None else probabilities
+        figure = metric.finish(float(self._totals[int(chosen)]) / self._items)
         return MetricValue(self._name, figure, metric.higher_is_better)
 
 
@@ -159,15 +160,9 @@ def _choose(name: str, data: Dataset, prediction: Array, target: Array) -> str:
 
 
 def _items(
-    metric: _Metric, prediction: Array, target: Array, lengths: Array | None
+    metric: _Metric, prediction: Array, target: Array, valid: BoolArray | None
 ) -> tuple[Array, Array]:
     """Lines predictions up with targets and drops padded steps and ignored labels."""
-    per_step = (
-        target.ndim >= 2
-        and prediction.ndim >= 2
-        and target.shape[:2] == prediction.shape[:2]
-        and (not metric.classes or prediction.ndim == 3)
-    )
     if metric.classes:
         if prediction.ndim == target.ndim:
             prediction = prediction[..., None]
@@ -185,11 +180,8 @@ def _items(
                 "they must have the output's shape",
             )
         target = target.reshape(prediction.shape)
-    if per_step and lengths is not None:
-        valid = np.arange(target.shape[1])[None] < np.asarray(lengths)[:, None]
-    else:
-        valid = np.ones(target.shape[: 2 if per_step else 1], np.bool_)
-    prediction, target = prediction[valid], target[valid]
+    if valid is not None and target.shape[:2] == valid.shape == prediction.shape[:2]:
+        prediction, target = prediction[valid], target[valid]
     if metric.classes:
         prediction = prediction.reshape(-1, prediction.shape[-1])
         target = target.reshape(-1)
@@ -213,12 +205,25 @@ class Comparison:
         self._largest = np.zeros(len(outputs))
         self._counts = np.zeros((len(outputs), 3), np.int64)  # elements, positions, same argmax
 
-    def add(self, reference: Sequence[Array], other: Sequence[Array]) -> None:
-        """Adds the outputs of both models for one feed."""
+    def add(
+        self,
+        reference: Sequence[Array],
+        other: Sequence[Array],
+        valid: BoolArray | None = None,
+    ) -> None:
+        """Adds the outputs of both models for one feed.
+
+        Args:
+            reference: Outputs of one model.
+            other: Outputs of the other.
+            valid: The steps that are no padding, ``[samples, steps]``; outputs by step count there.
+        """
         for k, (one, two) in enumerate(zip(reference, other, strict=True)):
             if one.dtype.kind not in "fiub" or one.shape != two.shape:
                 continue
             a, b = one.astype(np.float64), two.astype(np.float64)
+            if valid is not None and a.shape[:2] == valid.shape:
+                a, b = a[valid], b[valid]
             difference = np.abs(a - b)
             self._largest[k] = max(self._largest[k], difference.max(initial=0.0))
             self._sums[k] += [difference.sum(), (a * b).sum(), (a * a).sum(), (b * b).sum()]

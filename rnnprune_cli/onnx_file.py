@@ -16,7 +16,7 @@ from onnx import TensorProto
 
 from rnnprune_cli.errors import RnnpruneError
 
-MAX_DENSIFIED_BYTES = 1 << 31
+MAX_DENSIFIED_BYTES = 1 << 32
 
 _DAMAGED = "the file is damaged or is not an ONNX model; export or copy it again"
 
@@ -49,6 +49,7 @@ def read_proto(path: Path) -> onnx.ModelProto:
         raise RnnpruneError(f"{path} is not an ONNX model: it holds no graph", _DAMAGED)
     for tensor in tensors(proto):
         _check_tensor(tensor, path)
+    _check_densified_size(proto, path)
     for graph in (*graphs(proto), *proto.functions):
         _densify(graph, path)
     _check_structure(proto, path)
@@ -256,6 +257,25 @@ def _check_order(
         known.update(node.output)
 
 
+def _check_densified_size(proto: onnx.ModelProto, path: Path) -> None:
+    """Refuses sparse tensors that together would take too much memory when made dense."""
+    sparse = [s for graph in graphs(proto) for s in graph.sparse_initializer]
+    for holder in (*graphs(proto), *proto.functions):
+        for node in holder.node:
+            sparse += [a.sparse_tensor for a in node.attribute if a.HasField("sparse_tensor")]
+    total = 0
+    for tensor in sparse:
+        if any(d < 0 for d in tensor.dims):
+            raise RnnpruneError(f"{path}: a sparse tensor has a negative dimension", _DAMAGED)
+        total += 8 * int(np.prod([int(d) for d in tensor.dims], dtype=object))
+    if total > MAX_DENSIFIED_BYTES:
+        raise RnnpruneError(
+            f"{path}: its sparse tensors would take {total / 2**30:.1f} GiB when made dense, more"
+            f" than {MAX_DENSIFIED_BYTES >> 30} GiB",
+            _DAMAGED,
+        )
+
+
 def _densify(graph: onnx.GraphProto | onnx.FunctionProto, path: Path) -> None:
     if isinstance(graph, onnx.GraphProto):
         for sparse in graph.sparse_initializer:
@@ -276,12 +296,6 @@ def _dense(sparse: onnx.SparseTensorProto, name: str, path: Path) -> onnx.Tensor
         indices = onnx.numpy_helper.to_array(sparse.indices, base_dir=str(path.parent))
     except (ValueError, TypeError, OSError) as error:
         raise RnnpruneError(f"{path}: sparse tensor '{name}' cannot be read", _DAMAGED) from error
-    if any(d < 0 for d in sparse.dims) or size * values.itemsize > MAX_DENSIFIED_BYTES:
-        raise RnnpruneError(
-            f"{path}: sparse tensor '{name}' of shape {list(sparse.dims)} would take more than"
-            f" {MAX_DENSIFIED_BYTES >> 30} GiB",
-            _DAMAGED,
-        )
     if indices.ndim == 2 and indices.shape[1] == len(sparse.dims):
         inside = bool((indices >= 0).all() and (indices < np.array(sparse.dims)).all())
         flat = np.ravel_multi_index(tuple(indices.T), tuple(sparse.dims)) if inside else None

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from rnnprune_cli.errors import NotEquivalentError, RnnpruneError
-from rnnprune_cli.find import ROLES, Found, Site, exclusive, find, locate, reader, readers
+from rnnprune_cli.find import ROLES, Found, Located, Site, exclusive, find, locate, reader, readers
 from rnnprune_cli.graph import Folder, Walker, stored_tensor
 from rnnprune_cli.model import (
     UNCHANGED,
@@ -80,9 +80,9 @@ class OnnxModel(LoadedModel):
         self.opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx"))
         self._ir_version = model.ir_version
         self._obstacles = {
-            what: name
-            for name, node, layer in self._executed(walker)
-            for what in obstacles(node, layer)
+            what: located.name
+            for located, layer in self._executed(walker)
+            for what in obstacles(walker, located.instance, layer)
         }
         self._inputs = describe_inputs(walker)
         self._hints = size_hints(walker)
@@ -99,6 +99,7 @@ class OnnxModel(LoadedModel):
         if proto.training_info:
             yield "the model's training_info is not kept: onnx-ir does not carry it"
         refusal = checker_refuses(self._file)
+        self._accepted = refusal is None
         if refusal is not None:
             yield f"onnx.checker does not accept the original: {refusal}"
         for what, name in self._obstacles.items():
@@ -148,11 +149,11 @@ class OnnxModel(LoadedModel):
             return self._open_ir(model, self._inlined(model), threads)
         return OnnxRunner(path, threads, self._inputs, self._outputs, self._hints, self.big)
 
-    def _executed(self, walker: Walker) -> Iterator[tuple[str, ir.Node, RecurrentLayer]]:
-        """Yields every executed recurrent node of a copy of the model with its layer."""
+    def _executed(self, walker: Walker) -> Iterator[tuple[Located, RecurrentLayer]]:
+        """Yields every executed prunable node of a copy of the model with its layer."""
         for located in locate(walker):
             if located.name in self._found.by_name:
-                yield located.name, located.instance.node, self._found.by_name[located.name]
+                yield located, self._found.by_name[located.name]
 
     def _inlined(self, model: ir.Model) -> list[tuple[ir.Node, RecurrentLayer]]:
         """Inlines functions, so that every executed node exists once; pairs nodes and layers."""
@@ -172,7 +173,7 @@ class OnnxModel(LoadedModel):
     def _open_ir(
         self, model: ir.Model, executed: list[tuple[ir.Node, RecurrentLayer]], threads: int
     ) -> Runner:
-        make_runnable(executed)
+        make_runnable(Walker(model), executed)
         if not self._external and not self.big:
             return OnnxRunner(
                 ir.to_proto(model).SerializeToString(),
@@ -203,12 +204,17 @@ class OnnxModel(LoadedModel):
         walker = Walker(model)
         placer = Placer(walker, readers(walker, self._found), options.values)
         forms: dict[str, str] = {}
+        overridable = {
+            weight.name
+            for site, weight in self._sites(walker)
+            if site.value.is_graph_input() and self._ir_version >= MIN_IR_INITIALIZERS
+        }
         masked: dict[str, StoredWeight] = {}
         stored: dict[str, StoredWeight] = {}
         warnings: list[str] = []
         for weight_name, mask in masks.items():
             weight = self._weights[weight_name]
-            form, why_not = self._choose(weight, mask, options)
+            form, why_not = self._choose(weight, mask, options, weight_name in overridable)
             forms[weight_name] = form
             warnings.extend([why_not] if why_not else [])
             masked[weight_name] = stored[weight_name] = StoredWeight(weight, mask)
@@ -230,15 +236,17 @@ class OnnxModel(LoadedModel):
 
     def _sites(self, walker: Walker) -> Iterator[tuple[Site, Weight]]:
         """Yields every place of a prunable weight in a copy of the model."""
-        for located in locate(walker):
-            layer = self._found.by_name.get(located.name)
-            if layer is not None:
-                yield from zip(located.sites, layer.weights, strict=True)
+        for located, layer in self._executed(walker):
+            yield from zip(located.sites, layer.weights, strict=True)
 
     def _choose(
-        self, weight: Weight, mask: Array, options: ExportOptions
+        self, weight: Weight, mask: Array, options: ExportOptions, overridable: bool
     ) -> tuple[str, str | None]:
         """Returns the form in which a weight is stored, and why it is not the asked one."""
+        if overridable:
+            asked = options.export not in ("auto", "dense") or options.values != "float32"
+            reason = f"'{weight.name}' stays dense: it is also an input, which callers may override"
+            return "dense", reason if asked else None
         nonzero = int(np.count_nonzero(mask))
         itemsize = weight.dtype.itemsize
         if options.values == "float16":
@@ -263,6 +271,8 @@ class OnnxModel(LoadedModel):
             sizes["packed"] = packed.smallest(weight.size, nonzero, itemsize, opset)[1]
         if self._external:
             reasons["sparse"] = "external data cannot hold sparse tensors"
+        elif self._ir_version < MIN_IR_INITIALIZERS:
+            reasons["sparse"] = f"in IR version {self._ir_version} every weight is an input"
         elif opset < sparse.MIN_OPSET:
             reasons["sparse"] = f"opset {opset} has no sparse tensors (needs {sparse.MIN_OPSET})"
         elif options.values == "float32":
@@ -316,31 +326,40 @@ class OnnxModel(LoadedModel):
         weight is still stored in its old place.
         """
         claims = []
-        if checker_refuses(self._file) is None:
+        if self._accepted:
             valid = checker_refuses(saved.path) is None
             claim = "onnx.checker accepts the written file, with full check"
             claims.append(Claim(claim, valid, 0.0 if valid else float("inf"), 0.0))
-        models = [self.fresh(), deserialize(read_proto(saved.path), saved.path)]
-        in_place = all(
-            stored_tensor(s.value) is not None for s, _ in self._sites(Walker(models[0]))
+        if self.big and self._all_in_place(saved):
+            models = (self.fresh(), deserialize(read_proto(saved.path), saved.path))
+            same = len({self._skeleton(model, saved) for model in models}) == 1
+            claims.append(Claim(UNCHANGED, same, 0.0 if same else float("inf"), 0.0))
+        return claims
+
+    def _all_in_place(self, saved: Saved) -> bool:
+        """Tells whether every pruned weight is a dense initializer of its own, where it was."""
+        walker = Walker(self.fresh())
+        reading = readers(walker, self._found)
+        return set(saved.exports.values()) == {"dense"} and all(
+            site.value.is_initializer() and exclusive(walker, site.value, reading)
+            for site, weight in self._sites(walker)
+            if weight.name in saved.stored
         )
-        if not self.big or not in_place or set(saved.exports.values()) != {"dense"}:
-            return claims
-        models[1].metadata_props.pop(PROVENANCE, None)
-        skeletons = []
-        for model in models:
-            weights = {id(site.value) for site, _ in self._sites(Walker(model))}
-            digest = hashlib.sha256()
-            for value in _constants(model):
-                tensor = stored_tensor(value)
-                if tensor is not None and id(value) not in weights:
-                    digest.update(tensor.tobytes())
-                if value.is_initializer() and tensor is not None:
-                    value.const_value = ir.tensor(np.zeros((), np.uint8), name=value.name)
-            skeletons.append((ir.to_proto(model).SerializeToString(deterministic=True), digest))
-        same = skeletons[0][0] == skeletons[1][0]
-        same = same and skeletons[0][1].digest() == skeletons[1][1].digest()
-        return [*claims, Claim(UNCHANGED, same, 0.0 if same else float("inf"), 0.0)]
+
+    def _skeleton(self, model: ir.Model, saved: Saved) -> bytes:
+        """A digest of everything but the pruned weights, where they lie, and the provenance."""
+        model.metadata_props.pop(PROVENANCE, None)
+        pruned = {
+            id(site.value) for site, w in self._sites(Walker(model)) if w.name in saved.stored
+        }
+        digest = hashlib.sha256()
+        for value in _constants(model):
+            if value.is_initializer() and value.const_value is not None:
+                if id(value) not in pruned:
+                    digest.update(value.const_value.tobytes())
+                value.const_value = ir.tensor(np.zeros((), np.uint8), name=value.name)
+        digest.update(ir.to_proto(model).SerializeToString(deterministic=True))
+        return digest.digest()
 
     def count(self) -> ParameterCount:
         """Counts floating-point weights; see :meth:`LoadedModel.count`.
@@ -349,17 +368,12 @@ class OnnxModel(LoadedModel):
         """
         model = self.fresh()
         walker = Walker(model)
-        reading = readers(walker, self._found)
-        placer = Placer(walker, reading, "float32")
+        placer = Placer(walker, readers(walker, self._found), "float32")
         for site, weight in self._sites(walker):
             if stored_tensor(site.value) is None:
                 placer.place(site, weight, weight.read, "dense")
         placer.clean()
-        own = {
-            id(site.value)
-            for site, _ in self._sites(walker)
-            if exclusive(walker, site.value, reading)
-        }
+        own = {id(site.value) for site, _ in self._sites(walker)}
         parameters = nonzero = 0
         for value in _constants(model):
             tensor = stored_tensor(value)

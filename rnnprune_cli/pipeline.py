@@ -117,7 +117,7 @@ def prune(options: PruneOptions, arguments: Mapping[str, Any], progress: Progres
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(1))
         described = pool.submit(_describe, source.files)
-        model, limits = source, ""
+        model, limits = source, ()
         if output_format == "onnx" and source.format != "onnx":
             progress("converting to ONNX")
             model = _converted(source, stack)
@@ -170,7 +170,11 @@ def prune(options: PruneOptions, arguments: Mapping[str, Any], progress: Progres
             ratios=ratios,
             fidelity=quality.fidelity,
             verification=tuple(claims),
-            warnings=(*source.warnings, *filter(None, [limits]), *saved.warnings, *warnings),
+            warnings=tuple(
+                dict.fromkeys(
+                    (*source.warnings, *model.warnings, *limits, *saved.warnings, *warnings)
+                )
+            ),
             environment=measure.environment(options.threads),
         )
         _move(saved, output, folder)
@@ -269,7 +273,7 @@ def _check_output(options: PruneOptions, output: Path, output_format: str) -> No
         raise UsageError(
             f"the folder of {output} does not exist", f"make it first: mkdir -p {output.parent}"
         )
-    for path in (output, _data_file(output)):
+    for path in (output, _data_file(output)) if output_format == "onnx" else (output,):
         if path.exists() and not options.force:
             raise UsageError(f"{path} exists already", "overwrite it with --force, or give -o")
         if any(report.resolve() == path.resolve() for report in options.reports):
@@ -336,11 +340,12 @@ def _move(saved: Saved, output: Path, folder: Path) -> None:
                 older.rename(output)
             raise
         return
+    replaced = output.exists()
     if len(saved.files) > 1:
         output.unlink(missing_ok=True)  # an older model must never meet the new one's data
     for file in reversed(saved.files):
         file.replace(output.with_name(file.name))
-    if saved.format == "onnx" and len(saved.files) == 1:
+    if replaced and saved.format == "onnx" and len(saved.files) == 1:
         _data_file(output).unlink(missing_ok=True)  # of the model that --force replaced
 
 
@@ -360,7 +365,7 @@ def _converted(source: LoadedModel, stack: contextlib.ExitStack) -> LoadedModel:
     return OnnxModel(path, shown_path=source.path)
 
 
-def _not_convertible(source: LoadedModel) -> str:
+def _not_convertible(source: LoadedModel) -> tuple[str, ...]:
     """Says what is not possible for a TensorFlow model that cannot become ONNX, and why."""
     from rnnprune_cli.tensorflow_model import TensorFlowModel, to_onnx
 
@@ -368,8 +373,8 @@ def _not_convertible(source: LoadedModel) -> str:
     try:
         to_onnx(source)
     except RnnpruneError as error:
-        return f"only weights can be pruned, in place: {error.message}"
-    return ""
+        return (f"only weights can be pruned, in place: {error.message}",)
+    return ()
 
 
 # Selecting
@@ -640,11 +645,13 @@ def _quality(run: _Run) -> _Quality:
     for start, stop in run.data.batches(BATCH):
         feed = run.data.feed(start, stop)
         results = [run_all(r, [feed], names)[0] for r in (run.original, run.pruned)]
-        comparison.add(*results)
+        comparison.add(results[0], results[1], run.data.valid(start, stop))
         for metric, result in zip(metrics, results, strict=False):
             metric.add(result, start, stop)
-    before, after = (metric.value() for metric in metrics) if metrics else (None, None)
-    return _Quality(before, after, comparison.rows())
+    if not metrics:
+        return _Quality(None, None, comparison.rows())
+    before, after = metrics
+    return _Quality(before.value(), after.value(before.probabilities), comparison.rows())
 
 
 @dataclass(frozen=True)
@@ -667,8 +674,16 @@ def _measured(
     """Measures the original and the written model, side by side."""
     options, data = run.options, run.data
     feed = run.feeds[0] if data is None else data.feed(0, 1)
+    openers: tuple[Callable[[], Runner], Callable[[], Runner]]
+    openers, rounds = (lambda: run.original, lambda: run.pruned), 1
+    if run.source.format == "onnx" and not run.source.big:  # others take seconds to open
+        rounds = measure.ROUNDS
+        openers = (
+            lambda: run.source.open(options.threads),
+            lambda: run.model.reopen(run.saved, options.threads),
+        )
     latency_before, latency_after, ratio = measure.interleaved_latency(
-        run.original, run.pruned, feed, options.latency_seconds, options.seed
+        openers, feed, options.latency_seconds, rounds, options.seed
     )
     weights = _weights(run.model.layers)
     recurrent = sum(w.size for w in weights)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,13 +137,28 @@ class TensorFlowModel(LoadedModel):
         self._by_content: dict[tuple[str, bytes], Weight] = {}
         self.skipped = findings.skipped
         captures = dict.fromkeys(c for layer in findings.layers for c in (layer.w, layer.r))
-        self._addresses = store.locate({c: program.values(c) for c in captures})
+        self._addresses = self._distinct(store.locate({c: program.values(c) for c in captures}))
         layers = []
         for recurrence, name in zip(findings.layers, self._layer_names(), strict=True):
             layer = self._layer(recurrence, name)
             if layer is not None:
                 layers.append(layer)
         self.layers = tuple(layers)
+
+    def _distinct(self, located: dict[int, tuple[str, ...]]) -> dict[int, tuple[str, ...]]:
+        """Drops addresses that could be those of a W as well as of an R, which are never copies."""
+        roles: dict[int, str] = {}
+        for layer in self._findings.layers:
+            for capture, role in ((layer.w, "W"), (layer.r, "R")):
+                roles.setdefault(capture, role)
+        claims: dict[str, set[str]] = defaultdict(set)
+        for capture, addresses in located.items():
+            for address in addresses:
+                claims[address].add(roles[capture])
+        return {
+            capture: addresses if all(len(claims[a]) == 1 for a in addresses) else ()
+            for capture, addresses in located.items()
+        }
 
     # -- layers -----------------------------------------------------------------------------------
 
@@ -168,17 +184,20 @@ class TensorFlowModel(LoadedModel):
             self.skipped = (*self.skipped, Skipped(name, reason, hint))
             return None
         w, r = (
-            self._weight(recurrence.op, capture, addresses, f"{name}.{role}")
+            self._weight(recurrence.op, capture, addresses, name, role)
             for capture, addresses, role in zip(captures, located, "WR", strict=True)
         )
         hidden = r.shape[2]
         direction = "reverse" if recurrence.reverse else "forward"
         return RecurrentLayer(name, recurrence.op, direction, w.shape[2], hidden, w, r)
 
-    def _weight(self, op: Op, capture: int, addresses: tuple[str, ...], name: str) -> Weight:
-        """The weight of a variable; variables of equal content share one."""
+    def _weight(
+        self, op: Op, capture: int, addresses: tuple[str, ...], layer: str, role: str
+    ) -> Weight:
+        """The weight of a variable; variables of equal content and role share one."""
         if capture in self._by_variable:
             return self._by_variable[capture]
+        name = f"{layer}.{role}"
         values = self.program.values(capture)
         if not np.isfinite(values).all():
             raise RnnpruneError(
@@ -187,7 +206,7 @@ class TensorFlowModel(LoadedModel):
             )
         shape = "x".join(map(str, values.shape))
         digest = hashlib.sha256(np.ascontiguousarray(values).tobytes()).digest()
-        key = (f"{op} {values.dtype} {shape}", digest)
+        key = (f"{op} {role} {values.dtype} {shape}", digest)
         weight = self._by_content.get(key)
         if weight is None:
             columns, rows = values.shape
@@ -334,12 +353,18 @@ class TensorFlowModel(LoadedModel):
     def count(self) -> ParameterCount:
         """Counts the floating-point variables of the signature, each once.
 
-        Variables that a call changes hold state, not parameters, and are left out.
+        Equal copies of recurrent weights count once. Variables that a call changes hold state, not
+        parameters, and are left out.
         """
         parameters = nonzero = 0
+        for weight in {id(weight): weight for weight in self._by_variable.values()}.values():
+            parameters += weight.size
+            nonzero += weight.nonzero
         for capture, matrix in enumerate(self.program.matrices()):
             # A constant has no capture, and a variable captured again has the first one's.
             if matrix is None or matrix.capture != capture or capture in self._findings.assigned:
+                continue
+            if capture in self._by_variable:
                 continue
             values = self.program.values(capture)
             if is_float(values.dtype):

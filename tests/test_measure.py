@@ -22,7 +22,8 @@ class Counting(Runner):
 
 def test_both_models_are_timed_equally_often():
     before, after = Counting(), Counting()
-    one, two, ratio = measure.interleaved_latency(before, after, {}, seconds=0.0)
+    openers = (lambda: before, lambda: after)
+    one, two, ratio = measure.interleaved_latency(openers, {}, seconds=0.0)
     assert len(one.samples) == len(two.samples) >= 3
     assert one.p5 <= one.median <= one.p95
     assert ratio.low <= ratio.median <= ratio.high

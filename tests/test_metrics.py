@@ -30,7 +30,7 @@ def compare(one, two):
 def dataset(predictions, targets, lengths=None, name=""):
     x = np.asarray(predictions, np.float32)
     return Dataset(
-        {"x": x}, frozenset({"x"}), frozenset(), len(x), {name: np.asarray(targets)}, lengths
+        {"x": x}, frozenset({"x"}), frozenset(), False, len(x), {name: np.asarray(targets)}, lengths
     )
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from rnnprune_cli.errors import printable
 from rnnprune_cli.methods import Method
 from rnnprune_cli.model import (
     LoadedModel,
@@ -22,7 +24,11 @@ def report_table(report: Report) -> RenderableType:
     """Returns before/after figures, layers, fidelity, verification and warnings."""
     parts: list[RenderableType] = [
         Text.assemble(
-            (report.model.path, "bold"), " → ", (report.output.path, "bold"), "   ", _plan(report)
+            (printable(report.model.path), "bold"),
+            " → ",
+            (printable(report.output.path), "bold"),
+            "   ",
+            _plan(report),
         ),
         _figures(report),
         _layers(report),
@@ -140,7 +146,9 @@ def inspect_table(model: LoadedModel) -> RenderableType:
         for part in (model.format, f"opset {model.opset}" if model.opset else "", model.producer)
         if part
     )
-    parts: list[RenderableType] = [Text.assemble((str(model.path), "bold"), f"   {head}")]
+    parts: list[RenderableType] = [
+        Text.assemble((printable(str(model.path)), "bold"), f"   {head}")
+    ]
     table = _table(
         "layer", "op", "inputs", "hidden", "weights", "zeros", "shares", right=(2, 3, 4, 5)
     )
@@ -187,7 +195,7 @@ def methods_table(
 
 
 def _warnings(warnings: Sequence[str]) -> list[RenderableType]:
-    marked = [Text.assemble(("! ", "yellow"), warning) for warning in warnings]
+    marked = [Text.assemble(("! ", "yellow"), printable(warning)) for warning in warnings]
     return [Text("\n").join(marked)] if marked else []
 
 
@@ -196,8 +204,16 @@ def _stacked(parts: Sequence[RenderableType]) -> RenderableType:
     return Group(*(item for part in parts for item in (Text(), part)), Text())
 
 
+class _PlainTable(Table):
+    """A table whose cells are text: names in a model are neither markup nor control characters."""
+
+    def add_row(self, *cells: RenderableType | None, **options: Any) -> None:  # noqa: ANN401
+        """Adds a row."""
+        super().add_row(*(Text(printable(str(c))) for c in cells), **options)
+
+
 def _table(*columns: str, right: tuple[int, ...] = ()) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table = _PlainTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for k, column in enumerate(columns):
         table.add_column(column, justify="right" if k in right else "left", overflow="fold")
     return table

@@ -6,8 +6,8 @@ rebuild the dense weight; onnxruntime evaluates them once, when it loads the mod
 as fast as with the dense weight and bit for bit the same. (NonZero would be shorter, but
 onnxruntime does not fold it.)
 
-    bitmap → BitShift, Mod (byte → 8 bits) → running count → times bit → Gather(0 and values) → Reshape → W
-    gaps → CumSum → ScatterElements(values into ConstantOfShape(0)) → Reshape → W
+    bitmap → BitShift, Mod (byte → 8 bits) → CumSum → times bit → Gather(0 and values) → Reshape
+    gaps → CumSum → ScatterElements(values into ConstantOfShape(0)) → Reshape
 """
 
 from __future__ import annotations
@@ -84,9 +84,11 @@ def rounded(weight: Array, values: str) -> tuple[Array, Array | None]:
             )
         return half, None
     if values == "int8":
-        scale = (np.abs(weight).max(axis=-1, keepdims=True) / 127).astype(weight.dtype)
-        scale[scale == 0] = 1
-        return np.rint(weight / scale).astype(np.int8), scale
+        # A scale that underflows in the weight's own type would blow the values up.
+        least = np.finfo(weight.dtype).tiny
+        scale = np.abs(weight).max(axis=-1, keepdims=True).astype(np.float64) / 127
+        scale = np.maximum(scale, least).astype(weight.dtype)
+        return np.clip(np.rint(weight / scale), -127, 127).astype(np.int8), scale
     return weight, None
 
 

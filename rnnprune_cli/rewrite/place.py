@@ -87,8 +87,6 @@ class Placer:
         old = site.value
         if id(old) in self._placed:
             return old.name or ""
-        if old.is_graph_input() and self._walker.model.ir_version >= MIN_IR_INITIALIZERS:
-            form = "dense"  # callers may override it, so it has to stay an initializer
         own = stored_tensor(old) is not None and exclusive(self._walker, old, self._readers)
         if own and form != "packed":
             self._placed.add(id(old))

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import onnx_ir as ir
 
+from rnnprune_cli.graph import Instance, Walker, attribute
 from rnnprune_cli.model import RecurrentLayer
 
 _STATE = (1, 0, 2)  # [batch, directions, hidden] ↔ [directions, batch, hidden]; X likewise
@@ -17,25 +18,26 @@ _Y = (2, 0, 1, 3)  # [steps, directions, batch, hidden] → [batch, steps, direc
 _FLOAT_INPUTS = (0, 1, 2, 3, 5, 6, 7)  # all but sequence_lens
 
 
-def obstacles(node: ir.Node, layer: RecurrentLayer) -> Iterator[str]:
+def obstacles(walker: Walker, instance: Instance, layer: RecurrentLayer) -> Iterator[str]:
     """Yields what onnxruntime's CPU kernels do not support about a recurrent operator."""
-    if node.attributes.get_int("layout", 0) == 1:
+    layout = attribute(walker, instance, "layout")
+    if layout is not None and layout.as_int() == 1:
         yield "layout=1"
     if layer.w.dtype == np.float64:
         yield "double weights"
-    if "hidden_size" not in node.attributes:
+    if attribute(walker, instance, "hidden_size") is None:
         yield "a missing hidden_size"
 
 
-def make_runnable(nodes: Iterable[tuple[ir.Node, RecurrentLayer]]) -> None:
-    """Rewrites recurrent operators in place.
+def make_runnable(walker: Walker, nodes: Iterable[tuple[ir.Node, RecurrentLayer]]) -> None:
+    """Rewrites recurrent operators of a model without functions, in place.
 
     1. A missing ``hidden_size`` is set from R.
     2. ``layout=1`` (batch first) becomes ``layout=0`` between Transposes.
     3. Double operators become float operators between Casts.
     """
     for node, layer in nodes:
-        for obstacle in tuple(obstacles(node, layer)):
+        for obstacle in tuple(obstacles(walker, Instance(node, ()), layer)):
             if obstacle == "a missing hidden_size":
                 node.attributes["hidden_size"] = ir.AttrInt64("hidden_size", layer.hidden_size)
             elif obstacle == "layout=1":

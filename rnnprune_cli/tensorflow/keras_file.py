@@ -16,6 +16,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -31,6 +32,7 @@ import numpy as np
 from rnnprune_cli.errors import RnnpruneError
 from rnnprune_cli.model import Array
 from rnnprune_cli.tensorflow.runtime import DAMAGED, first_line, import_tensorflow, quiet
+from rnnprune_cli.tensorflow.safety import is_harmful
 from rnnprune_cli.tensorflow.store import Change, Store, same_bits
 
 _CONFIG = "config.json"
@@ -43,7 +45,7 @@ _MAX_INFLATION = 20
 _ALWAYS_FINE = 256 << 20
 _SAFE_MODULES = ("keras", "tf_keras")
 # What a TFOpLambda layer may call: it names any symbol of TensorFlow's API, some of which read or
-# write files or run Python.
+# write files, load libraries or run Python.
 _SAFE_NAMESPACES = (
     "math",
     "nn",
@@ -54,7 +56,146 @@ _SAFE_NAMESPACES = (
     "bitwise",
     "__operators__",
 )
-_UNSAFE_FUNCTIONS = ("py_function", "numpy_function", "load_library", "load_op_library", "function")
+_SAFE_FUNCTIONS = frozenset(
+    [
+        "abs",
+        "acos",
+        "acosh",
+        "add",
+        "add_n",
+        "argmax",
+        "argmin",
+        "argsort",
+        "asin",
+        "asinh",
+        "atan",
+        "atan2",
+        "atanh",
+        "batch_to_space",
+        "bitcast",
+        "boolean_mask",
+        "broadcast_dynamic_shape",
+        "broadcast_static_shape",
+        "broadcast_to",
+        "cast",
+        "clip_by_global_norm",
+        "clip_by_norm",
+        "clip_by_value",
+        "complex",
+        "concat",
+        "constant",
+        "cos",
+        "cosh",
+        "cumsum",
+        "divide",
+        "dynamic_partition",
+        "dynamic_stitch",
+        "edit_distance",
+        "eig",
+        "eigvals",
+        "einsum",
+        "ensure_shape",
+        "equal",
+        "exp",
+        "expand_dims",
+        "eye",
+        "fill",
+        "fingerprint",
+        "floor",
+        "gather",
+        "gather_nd",
+        "greater",
+        "greater_equal",
+        "histogram_fixed_width",
+        "identity",
+        "identity_n",
+        "less",
+        "less_equal",
+        "linspace",
+        "logical_and",
+        "logical_not",
+        "logical_or",
+        "matmul",
+        "matrix_square_root",
+        "maximum",
+        "meshgrid",
+        "minimum",
+        "multiply",
+        "negative",
+        "no_op",
+        "norm",
+        "not_equal",
+        "one_hot",
+        "ones",
+        "ones_like",
+        "pad",
+        "parallel_stack",
+        "pow",
+        "range",
+        "rank",
+        "realdiv",
+        "reduce_all",
+        "reduce_any",
+        "reduce_logsumexp",
+        "reduce_max",
+        "reduce_mean",
+        "reduce_min",
+        "reduce_prod",
+        "reduce_sum",
+        "repeat",
+        "reshape",
+        "reverse",
+        "reverse_sequence",
+        "roll",
+        "round",
+        "saturate_cast",
+        "scalar_mul",
+        "searchsorted",
+        "sequence_mask",
+        "shape",
+        "shape_n",
+        "sigmoid",
+        "sign",
+        "sin",
+        "sinh",
+        "size",
+        "slice",
+        "sort",
+        "space_to_batch",
+        "space_to_batch_nd",
+        "split",
+        "sqrt",
+        "square",
+        "squeeze",
+        "stack",
+        "stop_gradient",
+        "strided_slice",
+        "subtract",
+        "tan",
+        "tanh",
+        "tensor_scatter_nd_add",
+        "tensor_scatter_nd_max",
+        "tensor_scatter_nd_min",
+        "tensor_scatter_nd_sub",
+        "tensor_scatter_nd_update",
+        "tensordot",
+        "tile",
+        "transpose",
+        "truediv",
+        "truncatediv",
+        "truncatemod",
+        "unique",
+        "unique_with_counts",
+        "unstack",
+        "unravel_index",
+        "where",
+        "zeros",
+        "zeros_like",
+    ]
+)
+_SAFE_CLASSES = ("RaggedTensor", "SparseTensor")
+_FUNCTION_LAYERS = ("TFOpLambda", "SlicingOpLambda")
+_METHOD_LAYERS = ("ClassMethod", "InstanceMethod", "InstanceProperty")
 _UNREADABLE = (*DAMAGED, zipfile.BadZipFile, zlib.error)
 _DAMAGED_HINT = "check that the copy is complete, or download it again"
 _CODE_HINT = "export the model as a SavedModel where its code is at hand, and prune that"
@@ -326,11 +467,26 @@ def _refuse_code(path: Path, config: Any) -> None:  # noqa: ANN401  parsed JSON
             raise RnnpruneError(f"{path}: a Lambda layer holds Python code", _CODE_HINT)
         if isinstance(module, str) and not _is_keras(module, kind, item.get("config")):
             raise RnnpruneError(f"{path}: {kind!a} is code of {module!a}, not of Keras", _CODE_HINT)
-        if kind == "TFOpLambda":
-            settings = item.get("config")
-            function = str(settings.get("function")) if isinstance(settings, dict) else ""
-            if not _is_safe_function(function):
-                raise RnnpruneError(f"{path}: a layer calls {'tf.' + function!a}", _CODE_HINT)
+        settings = item.get("config")
+        name = _unsafe_call(kind, settings if isinstance(settings, dict) else {})
+        if name is not None:
+            raise RnnpruneError(f"{path}: a layer calls {name!a}", _CODE_HINT)
+
+
+def _unsafe_call(kind: str, settings: dict[str, Any]) -> str | None:
+    """What a layer calls by its name, unless it is a plain computation."""
+    if kind in _FUNCTION_LAYERS:
+        function = str(settings.get("function"))
+        return None if _is_safe_function(function) else f"tf.{function}"
+    if kind in _METHOD_LAYERS:
+        owner = str(settings.get("cls_symbol", _SAFE_CLASSES[0]))
+        method = str(settings.get("method_name", settings.get("attr_name")))
+        safe = owner in _SAFE_CLASSES and not method.startswith("_")
+        return None if safe else f"tf.{owner}.{method}"
+    if kind == "TensorFlowOpLayer":  # Keras of TensorFlow 2.0 to 2.3
+        words = re.findall(r"\w+", str(settings.get("node_def")))
+        return next((word for word in words if is_harmful(word)), None)
+    return None
 
 
 def _is_keras(module: str, kind: str, config: Any) -> bool:  # noqa: ANN401
@@ -342,10 +498,8 @@ def _is_keras(module: str, kind: str, config: Any) -> bool:  # noqa: ANN401
 
 def _is_safe_function(name: str) -> bool:
     """Whether a symbol of TensorFlow's API is a plain computation."""
-    *namespace, function = name.removeprefix("compat.v1.").split(".")
-    if not namespace:
-        return function not in _UNSAFE_FUNCTIONS
-    return namespace[0] in _SAFE_NAMESPACES
+    namespace = name.split(".")[:-1]
+    return namespace[0] in _SAFE_NAMESPACES if namespace else name in _SAFE_FUNCTIONS
 
 
 def _export(path: Path, named: Path, target: Path, old: bool) -> None:

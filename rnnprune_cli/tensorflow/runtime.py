@@ -16,6 +16,7 @@ import numpy as np
 from rnnprune_cli.errors import RnnpruneError, UsageError, closest
 from rnnprune_cli.model import Array, Feed, Runner, TensorSpec
 from rnnprune_cli.tensorflow.recurrence import Findings, Matrix, find_recurrences
+from rnnprune_cli.tensorflow.safety import check_signature, check_stored
 
 DAMAGED = (
     OSError,
@@ -145,10 +146,12 @@ class Program:
             label: What the user named, for messages.
 
         Raises:
-            RnnpruneError: If the model cannot be loaded or has no signature.
+            RnnpruneError: If the model cannot be loaded, has no signature, or could touch files or
+                run code.
             UsageError: If the signature does not exist, or is needed and was not given.
         """
         tf = import_tensorflow()
+        check_stored(path, label)
         try:
             with quiet():
                 root = tf.saved_model.load(str(path))
@@ -160,6 +163,7 @@ class Program:
         signatures = getattr(root, "signatures", {})
         name = _choose_signature(label, list(signatures), signature)
         function = signatures[name]
+        check_signature(label, name, function.graph.as_graph_def())
         handles = {id(variable.handle): variable for variable in function.variables}
         captured = tuple(handles.get(id(handle)) for handle in function.captured_inputs)
         return cls(root, function, name, captured)

@@ -75,9 +75,10 @@ class SavedModelStore(Store):
         Keras 3 exports each weight twice; the copy has the variable's name and its value, and would
         keep the removed weights in the file if it were left.
         """
-        return {capture: self._keys_of(capture, values) for capture, values in kernels.items()}
+        others = {self._captures[c] for c in kernels if c < len(self._captures)}
+        return {c: self._keys_of(c, values, others) for c, values in kernels.items()}
 
-    def _keys_of(self, capture: int, values: Array) -> tuple[str, ...]:
+    def _keys_of(self, capture: int, values: Array, others: set[int]) -> tuple[str, ...]:
         if capture >= len(self._captures):
             return ()
         node = self._captures[capture]
@@ -88,7 +89,7 @@ class SavedModelStore(Store):
         copies = [
             other
             for twin, other in self._keys.items()
-            if twin != node
+            if twin not in others  # a variable of its own, if of the same default name
             and name
             and self._objects.nodes[twin].variable.name == name
             and same_bits(self._tensor(other), values)
