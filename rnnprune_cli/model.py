@@ -404,7 +404,7 @@ UNCHANGED = "nothing but the pruned weights differs from the original files"
 
 @dataclass(frozen=True)
 class LayerRow:
-    """What happened to one layer."""
+    """What happened to one layer; ``stored`` is the form of W and of R in the written file."""
 
     name: str
     op: str
@@ -415,6 +415,7 @@ class LayerRow:
     weights_after: int
     nonzero_after: int
     sparsity: float
+    stored: tuple[str, ...]
     blocked: str | None = None
 
 

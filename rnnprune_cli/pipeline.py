@@ -117,7 +117,7 @@ def prune(options: PruneOptions, arguments: Mapping[str, Any], progress: Progres
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(1))
         described = pool.submit(_describe, source.files)
-        model, limits = source, ()
+        model, limits = source, tuple[str, ...]()
         if output_format == "onnx" and source.format != "onnx":
             progress("converting to ONNX")
             model = _converted(source, stack)
@@ -163,7 +163,7 @@ def prune(options: PruneOptions, arguments: Mapping[str, Any], progress: Progres
             ),
             output=OutputInfo(str(output), saved.format, files_after.sha256),
             plan=plan,
-            layers=_layer_rows(model.layers, nonzero, blocked),
+            layers=_layer_rows(model.layers, saved, nonzero, blocked),
             skipped=model.skipped,
             before=before,
             after=after,
@@ -486,7 +486,10 @@ def _removes(weight: Weight, masks: Masks) -> bool:
 
 
 def _layer_rows(
-    layers: Sequence[RecurrentLayer], nonzero: Mapping[str, int], blocked: Mapping[str, str]
+    layers: Sequence[RecurrentLayer],
+    saved: Saved,
+    nonzero: Mapping[str, int],
+    blocked: Mapping[str, str],
 ) -> tuple[LayerRow, ...]:
     rows = []
     for layer in layers:
@@ -503,6 +506,7 @@ def _layer_rows(
                 weights_after=size,
                 nonzero_after=left,
                 sparsity=1 - left / size,
+                stored=tuple(saved.exports.get(w.name, "dense") for w in layer.weights),
                 blocked=blocked.get(layer.name),
             )
         )

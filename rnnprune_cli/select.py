@@ -20,10 +20,6 @@ SCOPES = {
 
 NDArrayInt = np.ndarray[Any, np.dtype[np.int64]]
 
-DEFAULT_SCOPE = "row"
-"""The best scope without data, as measured in the README's table."""
-
-
 _CHUNK_ELEMENTS = 1 << 20
 """Rows are selected in blocks of about this size, to keep temporaries small."""
 

@@ -73,6 +73,25 @@ def recurrent_model(
     return model
 
 
+def two_layers(share_r: bool = False, copy: bool = False) -> onnx.ModelProto:
+    """Two LSTMs on the same input; the second may share R or hold an equal copy of everything."""
+    model = recurrent_model()
+    second = weights("LSTM", 12, 7, 1, seed=0 if copy else 1)
+    node = onnx.NodeProto()
+    node.CopyFrom(model.graph.node[0])
+    node.name = "other"
+    node.input[:] = ["x", "W2", "R" if share_r else "R2", "B2"]
+    node.output[:] = ["y2"]
+    model.graph.node.append(node)
+    for name in ("W", "B") if share_r else ("W", "R", "B"):
+        model.graph.initializer.append(numpy_helper.from_array(second[name], f"{name}2"))
+    output = onnx.ValueInfoProto()
+    output.CopyFrom(model.graph.output[0])
+    output.name = "y2"
+    model.graph.output.append(output)
+    return model
+
+
 def run(model: onnx.ModelProto | Path, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
     """Runs a model with onnxruntime."""
     source = str(model) if isinstance(model, Path) else model.SerializeToString()

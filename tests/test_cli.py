@@ -194,6 +194,50 @@ def test_methods_lists_every_criterion_with_its_paper():
     assert names == sorted(names) and "magnitude" in names
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [["prune"], ["prune", "m.onnx", "-s", "abc"], ["nothing"], ["prune", "/proc/1/mem"]],
+)
+def test_json_is_printed_for_every_failure(arguments):
+    for extra in ([], ["--verbose"]):
+        done = rnnprune(*arguments, "--format", "json", *extra)
+        assert done.returncode in (2, 3)
+        assert json.loads(done.stdout)["error"]["exit_code"] == done.returncode
+
+
+def test_names_in_a_model_are_neither_markup_nor_control_characters(tmp_path):
+    model = recurrent_model()
+    model.graph.node[0].name = "[/x] enc[bold]der \x1b[31m"
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    done = rnnprune("prune", path, "-s", 0.5)
+    assert done.returncode == 0, done.stderr
+    assert "[/x] enc[bold]der" in done.stdout and "\x1b" not in done.stdout
+
+
+def test_arrows_do_not_stop_an_ascii_terminal(model):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    command = [*RNNPRUNE, "prune", str(model), "-s", "0.5"]
+    done = subprocess.run(command, capture_output=True, env=environment, timeout=60)
+    assert done.returncode == 0
+
+
+def test_no_arguments_show_the_help():
+    assert "Usage" in rnnprune().stdout
+
+
+def test_a_report_cannot_be_the_output(model, tmp_path):
+    path = tmp_path / "same.json"
+    done = rnnprune("prune", model, "-s", 0.5, "-o", path, "--report", path)
+    assert done.returncode == 2 and not path.exists()
+
+
+def test_a_model_that_is_sparse_already_is_not_copied_silently(model, tmp_path):
+    assert rnnprune("prune", model, "-s", 0.7).returncode == 0
+    done = rnnprune("prune", tmp_path / "model.pruned.onnx", "-s", 0.5)
+    assert done.returncode == 3 and "zero already" in done.stderr
+
+
 def test_version_and_help():
     assert rnnprune("--version").stdout.startswith("rnnprune 0.")
     for command in ([], ["prune"], ["inspect"], ["methods"]):

@@ -160,3 +160,44 @@ def test_a_model_that_accepts_nothing_asks_for_data():
     with pytest.raises(RnnpruneError) as caught:
         made_up_feeds(Accepting([X], lambda feed: False), 0)
     assert "--data" in caught.value.hint
+
+
+def test_a_model_for_single_samples_gets_one_at_a_time(tmp_path):
+    np.savez(tmp_path / "d.npz", x=np.zeros((6, 4, 3), np.float32))
+    data = load_dataset(tmp_path / "d.npz", [TensorSpec("x", F32, (1, "time", 3))])
+    assert [stop - start for start, stop in data.batches(64)] == [1] * 6
+
+
+def test_a_model_with_steps_first_takes_whole_feeds(tmp_path):
+    spec = TensorSpec("x", F32, ("seq_len", "batch", 3))
+    np.savez(tmp_path / "d.npz", x=np.zeros((5, 7, 1, 3), np.float32))
+    assert load_dataset(tmp_path / "d.npz", [spec]).feed(2, 3)["x"].shape == (7, 1, 3)
+    np.savez(tmp_path / "d.npz", x=np.zeros((5, 7, 3), np.float32))
+    assert load_dataset(tmp_path / "d.npz", [spec]).feed(0, 1)["x"].shape == (5, 7, 3)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"x": np.full((2, 4, 3), np.nan, np.float32)}, "NaN"),
+        ({"x": np.full((2, 4, 3), 1e300)}, "infinite"),
+        ({"x": np.zeros((0, 4, 3), np.float32)}, "no samples"),
+        ({"x": np.zeros((2, 4, 3), np.float32), "lengths": np.ones((2, 2), int)}, "lengths"),
+        ({"x": np.zeros((2, 4, 3), np.float32), "labels": np.ones(2, complex)}, "complex"),
+        (
+            {"x": np.zeros((2, 4, 3), np.float32), "labels": np.ones(2), "target:y": np.ones(2)},
+            "several targets",
+        ),
+    ],
+    ids=["nan", "overflow", "empty", "lengths", "complex", "two targets"],
+)
+def test_data_that_prove_nothing_are_refused(tmp_path, arrays, words):
+    np.savez(tmp_path / "d.npz", **arrays)
+    with pytest.raises(RnnpruneError, match=words):
+        load_dataset(tmp_path / "d.npz", [X])
+
+
+def test_integers_that_do_not_fit_are_refused(tmp_path):
+    np.savez(tmp_path / "d.npz", x=np.array([[300, -1]]))
+    with pytest.raises(RnnpruneError, match="cannot hold"):
+        load_dataset(tmp_path / "d.npz", [TensorSpec("x", np.dtype(np.uint8), ("batch", "n"))])

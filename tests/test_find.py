@@ -3,30 +3,11 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from conftest import GRAPHS, initializers, recurrent_model, weights
-from onnx import helper, numpy_helper
+from conftest import GRAPHS, initializers, recurrent_model, two_layers
+from onnx import helper
 
 from rnnprune_cli.errors import RnnpruneError, UsageError
 from rnnprune_cli.load import load
-
-
-def two_layers(share_r: bool = False, copy: bool = False) -> onnx.ModelProto:
-    """Two LSTMs on the same input; the second may share R or hold an equal copy of everything."""
-    model = recurrent_model()
-    second = weights("LSTM", 12, 7, 1, seed=0 if copy else 1)
-    node = onnx.NodeProto()
-    node.CopyFrom(model.graph.node[0])
-    node.name = "other"
-    node.input[:] = ["x", "W2", "R" if share_r else "R2", "B2"]
-    node.output[:] = ["y2"]
-    model.graph.node.append(node)
-    for name in ("W", "B") if share_r else ("W", "R", "B"):
-        model.graph.initializer.append(numpy_helper.from_array(second[name], f"{name}2"))
-    output = onnx.ValueInfoProto()
-    output.CopyFrom(model.graph.output[0])
-    output.name = "y2"
-    model.graph.output.append(output)
-    return model
 
 
 def test_equal_copies_are_pruned_alike(prune_model, tmp_path):
@@ -133,3 +114,47 @@ def test_one_tensor_as_both_w_and_r_is_refused(prune_model):
     model.graph.node[0].input[1] = "R"
     with pytest.raises(RnnpruneError, match="both W and R"):
         prune_model(model, 0.5)
+
+
+def call_with(r_input: bool) -> onnx.ModelProto:
+    """A function around an LSTM, called with constants and, if asked, once with R from outside."""
+    model = recurrent_model(bias=False)
+    node = onnx.NodeProto()
+    node.CopyFrom(model.graph.node[0])
+    node.output[:] = ["o"]
+    opset = helper.make_opsetid("", 17)
+    for attr in node.attribute:
+        if attr.name == "direction":
+            attr.CopyFrom(helper.make_attribute_ref_name(attr, "way"))
+    function = helper.make_function(
+        "local",
+        "layer",
+        ["x", "W", "R"],
+        ["o"],
+        [node],
+        [opset],
+        attribute_protos=[helper.make_attribute("way", "reverse")],
+    )
+    del model.graph.node[:]
+    model.graph.node.append(helper.make_node("layer", ["x", "W", "R"], ["y"], domain="local"))
+    if r_input:
+        model.graph.input.append(helper.make_tensor_value_info("r", 1, [1, 48, 12]))
+        model.graph.node.append(helper.make_node("layer", ["x", "W", "r"], ["z"], domain="local"))
+        output = onnx.ValueInfoProto()
+        output.CopyFrom(model.graph.output[0])
+        output.name = "z"
+        model.graph.output.append(output)
+    model.functions.append(function)
+    model.opset_import.append(helper.make_opsetid("local", 1))
+    return model
+
+
+def test_a_functions_default_attribute_is_used(prune_model):
+    report = prune_model(call_with(r_input=False), 0.5)
+    assert [row.direction for row in report.layers] == ["reverse"]
+
+
+def test_a_function_that_is_also_called_with_other_weights_is_refused(prune_model):
+    with pytest.raises(RnnpruneError) as caught:
+        prune_model(call_with(r_input=True), 0.5)
+    assert caught.value.code == 3

@@ -98,3 +98,43 @@ def test_fidelity_of_different_outputs():
     one, two = np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([[0.0, 1.0], [0.0, 1.0]])
     (row,) = compare(one, two)
     assert (row.max_abs, row.mean_abs, row.agreement) == (1, 0.5, 0.5)
+
+
+def test_lengths_apply_to_binary_outputs_of_every_step():
+    predictions, labels = np.full((2, 4), -1.0), np.zeros((2, 4), int)
+    predictions[:, 3], labels[:, 3] = 1.0, 0
+    data = dataset(predictions, labels, lengths=np.array([3, 3]))
+    assert evaluate(data, "accuracy").value == 1
+
+
+def test_lengths_do_not_apply_to_outputs_of_a_sample():
+    x = np.zeros((2, 7, 3), np.float32)
+    data = Dataset(
+        {"x": x}, frozenset({"x"}), frozenset(), False, 2, {"": np.ones((2, 5))}, np.array([3, 3])
+    )
+    evaluation = Evaluation(data, OUT, "mse")
+    evaluation.add([np.zeros((2, 5), np.float32)], 0, 2)
+    assert evaluation.value().value == pytest.approx(1)
+
+
+def test_logits_or_probabilities_is_decided_over_all_batches():
+    data = dataset([[0.2], [0.4], [3.0]], [1, 1, 1])
+    assert evaluate(data, "accuracy").value == 1
+
+
+def test_one_column_has_two_classes():
+    assert evaluate(dataset([[0.25]], [0]), "perplexity").value == pytest.approx(4 / 3)
+    assert evaluate(dataset([[0.0], [-1e3]], [1, 0]), "bits-per-char").value == pytest.approx(0.5)
+
+
+def test_labels_beyond_the_classes_are_refused():
+    with pytest.raises(RnnpruneError, match="label 9 is no class"):
+        evaluate(dataset([[0.0, 1.0]], [9]), "accuracy")
+
+
+def test_padded_steps_do_not_count_in_the_fidelity():
+    comparison = Comparison(OUT)
+    one, two = np.zeros((1, 3, 2)), np.zeros((1, 3, 2))
+    two[:, 2] = 5
+    comparison.add([one], [two], np.array([[True, True, False]]))
+    assert comparison.rows()[0].max_abs == 0

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from conftest import initializers, recurrent_model, run
+from conftest import GRAPHS, initializers, recurrent_model, run
 from onnx import TensorProto, helper, numpy_helper
 
-from rnnprune_cli.errors import ExitCode, RnnpruneError
+from rnnprune_cli.errors import ExitCode, RnnpruneError, UsageError
 
 
 def broken(change) -> onnx.ModelProto:
@@ -200,3 +200,103 @@ def test_constant_expressions_cannot_exhaust_memory(prune_model):
     model.graph.node.insert(0, helper.make_node("ConstantOfShape", ["shape"], ["W"]))
     with pytest.raises(RnnpruneError, match="GiB"):
         prune_model(model)
+
+
+def test_several_sparse_tensors_are_limited_together(prune_model):
+    model = sparse_model(np.arange(3), [1, 48, 7])
+    for number in range(4):
+        values = numpy_helper.from_array(np.ones(1, np.float32), f"large{number}")
+        indices = numpy_helper.from_array(np.zeros(1, np.int64))
+        dims = [1 << 14, 1 << 13]
+        model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, dims))
+    with pytest.raises(RnnpruneError, match="when made dense"):
+        prune_model(model)
+
+
+def test_a_product_that_explodes_is_not_computed(prune_model):
+    model = recurrent_model()
+    model.graph.initializer.remove(tensor(model, "W"))
+    shapes = {"a": (1 << 14, 1), "b": (1 << 14, 1, 1 << 4)}
+    for name, shape in shapes.items():
+        model.graph.initializer.append(numpy_helper.from_array(np.ones(shape, np.float32), name))
+    model.graph.node.insert(0, helper.make_node("MatMul", ["a", "b"], ["W"]))
+    with pytest.raises(RnnpruneError, match="GiB"):
+        prune_model(model)
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        helper.make_node("Identity", [], ["W"]),
+        helper.make_node("Shape", [], ["W"]),
+        helper.make_node("Constant", [], ["W"]),
+        helper.make_node("NonZero", [""], ["W"]),
+        helper.make_node("MatMul", ["scalar", "scalar"], ["W"]),
+    ],
+    ids=lambda node: node.op_type,
+)
+def test_malformed_weight_expressions_are_refused(prune_model, node):
+    model = recurrent_model()
+    model.graph.initializer.remove(tensor(model, "W"))
+    model.graph.initializer.append(numpy_helper.from_array(np.float32(1), "scalar"))
+    model.graph.node.insert(0, node)
+    with pytest.raises(RnnpruneError) as caught:
+        prune_model(model)
+    assert caught.value.code == ExitCode.UNSUPPORTED
+
+
+def test_typed_data_that_are_too_short_are_refused(prune_model):
+    model = recurrent_model()
+    target = tensor(model, "B")
+    target.ClearField("raw_data")
+    target.float_data.extend([1.0, 2.0])
+    with pytest.raises(RnnpruneError, match="holds 2 elements"):
+        prune_model(model)
+
+
+def test_the_data_of_the_input_are_never_overwritten(prune_model, tmp_path):
+    model = recurrent_model(hidden=40, inputs=24)
+    path = tmp_path / "a.onnx"
+    onnx.save(
+        model, str(path), save_as_external_data=True, location="b.onnx.data", size_threshold=0
+    )
+    before = (tmp_path / "b.onnx.data").read_bytes()
+    with pytest.raises(UsageError, match="belongs to the input"):
+        prune_model(path, 0.7, output=tmp_path / "b.onnx", force=True)
+    assert (tmp_path / "b.onnx.data").read_bytes() == before
+
+
+def test_a_stranger_beside_the_output_is_not_removed(prune_model, tmp_path):
+    stranger = tmp_path / "out.onnx.data"
+    stranger.write_text("mine")
+    prune_model(recurrent_model(), 0.5, force=True)
+    assert stranger.read_text() == "mine"
+
+
+def test_small_external_weights_are_stored_in_an_allowed_form(prune_model, tmp_path):
+    path = tmp_path / "model.onnx"
+    onnx.save(
+        recurrent_model(hidden=8),
+        str(path),
+        save_as_external_data=True,
+        location="weights.bin",
+        size_threshold=0,
+    )
+    report = prune_model(path, 0.9)
+    assert set(report.layers[0].stored) <= {"dense", "packed"}
+
+
+@pytest.mark.parametrize("options", [{"values": "int8"}, {"export": "packed"}])
+def test_a_weight_that_callers_may_override_stays_dense(prune_model, options):
+    model = recurrent_model(hidden=40, inputs=24)
+    model.graph.input.append(helper.make_tensor_value_info("W", TensorProto.FLOAT, [1, 160, 24]))
+    report = prune_model(model, 0.7, **options)
+    assert report.layers[0].stored[0] == "dense"
+    assert any("override" in warning for warning in report.warnings)
+
+
+def test_sparse_constants_in_functions_are_written_and_read(prune_model, tmp_path):
+    model = GRAPHS / "hand_function_constants.onnx"
+    prune_model(model, 0.9, export="sparse", output=tmp_path / "sparse.onnx")
+    report = prune_model(tmp_path / "sparse.onnx", 0.95, export="dense")
+    assert report.layers[0].sparsity >= 0.94

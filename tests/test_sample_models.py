@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from conftest import SAMPLES
 
+from rnnprune_cli.load import load
+
 # Metric of the committed file on its test set, and how much worse 50 % by rows may make it.
 MODELS = {
     "language.onnx": ("bits-per-char", 2.2041, 0.25),
@@ -24,6 +26,23 @@ def test_metric_before_and_after(prune_model, name):
     assert before.value == pytest.approx(value, rel=2e-3)
     worse = before.value - after.value if before.higher_is_better else after.value - before.value
     assert worse <= loss
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_report_tells_before_from_after(prune_model, tmp_path, name):
+    data = SAMPLES / f"{name.removesuffix('.onnx')}.test.npz"
+    report = prune_model(SAMPLES / name, 0.9, data=data, export="packed")
+    assert report.fidelity[0].max_abs > 0.1
+    assert report.fidelity[0].cosine < 0.999
+    assert report.after.metric.value != report.before.metric.value
+    assert report.after.gzip_bytes < 0.5 * report.before.gzip_bytes
+    assert report.after.bytes < 0.5 * report.before.bytes
+    assert report.layers[0].stored == ("packed", "packed")
+    made_up = prune_model(SAMPLES / name, 0.9, export="dense", force=True)
+    assert made_up.fidelity[0].max_abs > 0.1
+    count = load(tmp_path / "out.onnx").count()
+    after = (made_up.after.parameters, made_up.after.nonzero)
+    assert (count.parameters, count.nonzero) == after
 
 
 @pytest.mark.parametrize("name", ["language", "speech", "timeseries", "medicine"])

@@ -459,16 +459,59 @@ def test_equal_variables_share_a_weight_and_are_both_written(tmp_path: Path) -> 
     assert len(model.layers) == 2
     assert model.layers[0].w is model.layers[1].w
     assert model.layers[0].r is model.layers[1].r
+    before = model.count()
+    assert before.parameters == 5 * 28 + 7 * 28 + 2 * 28
     saved = model.save(random_masks(model), tmp_path, "out", DENSE, "")
     assert_stored(model, saved)
     plain = tf.saved_model.load(str(saved.path))
     variables = plain.signatures["serving_default"].variables
     kernels = [v.numpy() for v in variables if v.shape == (7, 28)]
     assert len(kernels) == 2
+    removed = sum(
+        w.nonzero - int(np.count_nonzero(saved.stored[w.name]())) for w in model.layers[0].weights
+    )
+    assert load(saved.path).count().nonzero == before.nonzero - removed
     assert kernels[0].tobytes() == kernels[1].tobytes()
     assert (kernels[0] == 0).any()
     feed = random_feed(model.open())
     assert_same(model.reopen(saved).run(feed), model.open_masked(saved.stored).run(feed))
+
+
+def test_equal_w_and_r_stay_two_weights(tmp_path: Path) -> None:
+    class Loop(tf.Module):
+        def __init__(self) -> None:  # both of the default name
+            self.w, self.r = tf.Variable(normal(7, 7)), tf.Variable(normal(7, 7))
+
+        @tf.function(input_signature=[tf.TensorSpec([None, 4, 7], tf.float32, "x")])
+        def call(self, x: Any) -> Any:
+            h = tf.zeros([tf.shape(x)[0], 7])
+            for t in tf.range(4):
+                h = tf.tanh(x[:, t] @ self.w + h @ self.r)
+            return {"h": h}
+
+    module = Loop()
+    tf.saved_model.save(module, str(tmp_path / "m"), signatures=module.call)
+    model = load(tmp_path / "m")
+    (layer,) = model.layers
+    assert layer.w is not layer.r
+    assert (layer.w.name[-2:], layer.r.name[-2:]) == (".W", ".R")
+    assert model.count().parameters == 2 * 49
+    saved = model.save(random_masks(model), tmp_path, "out", DENSE, "")
+    assert_stored(model, saved)
+    assert saved.stored[layer.w.name]().tobytes() != saved.stored[layer.r.name]().tobytes()
+    feed = random_feed(model.open())
+    assert_same(model.reopen(saved).run(feed), model.open_masked(saved.stored).run(feed))
+
+
+def test_data_sets_that_may_be_w_or_r_are_left_alone(tmp_path: Path) -> None:
+    k = keras_of("tf_keras")
+    net = sequential(k, k.layers.SimpleRNN(5))
+    w, _, b = net.get_weights()
+    net.set_weights([w, w, b])
+    net.save(str(tmp_path / "m.h5"))
+    model = load(tmp_path / "m.h5")
+    assert model.layers == ()
+    assert ["cannot be told" in s.reason for s in model.skipped] == [True]
 
 
 def test_weights_that_are_not_named_stay(exported: Any, tmp_path: Path) -> None:
@@ -927,6 +970,240 @@ def test_layers_that_call_any_function_of_tensorflow_are_refused(
     rewrite_config(keras_files["tf_keras", ".keras"], tmp_path / "m.keras", change)
     with pytest.raises(RnnpruneError, match=r"tf\.io\.write_file"):
         load(tmp_path / "m.keras")
+
+
+def call_function(source: Path, target: Path, kind: str, settings: dict[str, Any]) -> None:
+    """Adds a layer to an .h5 that calls what the settings name, on a constant."""
+    shutil.copy(source, target)
+    with h5py.File(target, "r+") as file:
+        config = json.loads(file.attrs["model_config"])
+        config["config"]["layers"].append(
+            {
+                "class_name": kind,
+                "name": "extra",
+                "config": {"name": "extra", "trainable": True, "dtype": "float32", **settings},
+                "inbound_nodes": [["_CONSTANT_VALUE", -1, "/nowhere/evil.so", {}]],
+            }
+        )
+        file.attrs["model_config"] = json.dumps(config)
+
+
+@pytest.mark.parametrize("kind", ["TFOpLambda", "SlicingOpLambda"])
+@pytest.mark.parametrize(
+    "function",
+    [
+        "compat.v1.load_file_system_library",
+        "compat.v1.load_library",
+        "compat.v1.write_file",
+        "compat.v1.read_file",
+        "compat.v1.py_func",
+        "compat.v1.import_graph_def",
+        "compat.v1.math.add",
+        "load_op_library",
+        "numpy_function",
+        "import_graph_def",
+        "io.write_file",
+        "data.Dataset.from_generator",
+        "raw_ops.WriteFile",
+        "no_such_function",
+    ],
+)
+def test_functions_that_are_no_plain_computation_are_refused(
+    function: str, kind: str, keras_files: Any, tmp_path: Path
+) -> None:
+    settings = {"function": function}
+    call_function(keras_files["tf_keras", ".h5"], tmp_path / "m.h5", kind, settings)
+    with pytest.raises(RnnpruneError, match=f"calls 'tf.{function}'") as caught:
+        load(tmp_path / "m.h5")
+    assert caught.value.code == ExitCode.UNSUPPORTED
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("ClassMethod", {"cls_symbol": "load_library", "method_name": "__call__"}),
+        ("ClassMethod", {"cls_symbol": "io.TFRecordWriter", "method_name": "write"}),
+        ("InstanceMethod", {"attr_name": "__init__"}),
+        ("TensorFlowOpLayer", {"node_def": {"name": "a", "op": "WriteFile", "attr": {}}}),
+        ("TensorFlowOpLayer", {"node_def": "\n\x01a\x12\x06SaveV2\x1a\x01x"}),
+    ],
+)
+def test_methods_and_operators_that_reach_files_are_refused(
+    kind: str, settings: dict[str, Any], keras_files: Any, tmp_path: Path
+) -> None:
+    call_function(keras_files["tf_keras", ".h5"], tmp_path / "m.h5", kind, settings)
+    with pytest.raises(RnnpruneError, match="a layer calls"):
+        load(tmp_path / "m.h5")
+
+
+def test_plain_functions_of_tensorflow_are_allowed(tmp_path: Path) -> None:
+    k = keras_of("tf_keras")
+    x = k.Input((4, 5), name="x")
+    y = k.layers.LSTM(6, return_sequences=True)(tf.transpose(tf.concat([x, x], 2), [0, 1, 2]))
+    y = tf.reduce_mean(tf.tanh(tf.reshape(y, [-1, 4, 6])[:, 1:]), 1) - 1.0
+    a, b = tf.split(tf.math.softplus(y), 2, 1)
+    y = tf.squeeze(tf.expand_dims(tf.where(a > 0.5, a, tf.cast(b, tf.float32)), 1), 1)
+    k.Model(x, tf.matmul(y, y, transpose_b=True)).save(str(tmp_path / "m.h5"))
+    assert [layer.op for layer in load(tmp_path / "m.h5").layers] == ["LSTM"]
+
+
+@pytest.mark.parametrize(("version", "suffix"), [("keras", ".keras"), ("tf_keras", ".h5")])
+def test_sequential_keras_file_is_pruned(version: str, suffix: str, tmp_path: Path) -> None:
+    k = keras_of(version)
+    net = k.Sequential([k.Input((4, 5)), k.layers.LSTM(6), k.layers.Dense(2)])
+    net.save(str(tmp_path / f"m{suffix}"))
+    model = load(tmp_path / f"m{suffix}")
+    assert [layer.op for layer in model.layers] == ["LSTM"]
+    saved = model.save(random_masks(model), tmp_path, f"out{suffix}", DENSE, "")
+    assert_stored(model, saved)
+    feed = random_feed(model.open())
+    expected = model.open_masked(saved.stored).run(feed)
+    assert_same(model.reopen(saved).run(feed), expected)
+    plain = k.models.load_model(str(saved.path), compile=False)
+    (value,) = feed.values()
+    np.testing.assert_allclose(np.asarray(plain(value)), expected[0], atol=1e-6)
+
+
+# -- SavedModels that do more than compute --------------------------------------------------------
+
+
+def save_call(call: Callable[[Any], Any], path: Path, dtype: Any = None) -> None:
+    module = tf.Module()
+    spec = tf.TensorSpec([2], dtype or tf.float32, name="x")
+    module.call = tf.function(call, input_signature=[spec])
+    tf.saved_model.save(module, str(path), signatures=module.call)
+
+
+def write_checkpoint(path: str, value: Any) -> Any:
+    return tf.raw_ops.SaveV2(
+        prefix=path, tensor_names=["a"], shape_and_slices=[""], tensors=[value]
+    )
+
+
+HARMFUL: dict[str, Callable[[Any], Any]] = {
+    "WriteFile": lambda x: tf.io.write_file("/nowhere/f", "x"),
+    "ReadFile": lambda x: tf.io.read_file("/nowhere/f"),
+    "MatchingFiles": lambda x: tf.io.matching_files("/nowhere/*"),
+    "EagerPyFunc": lambda x: tf.py_function(lambda y: y, [x], tf.float32),
+    "PyFunc": lambda x: tf.numpy_function(lambda y: y, [x], tf.float32),
+    "PrintV2": lambda x: tf.print(x, output_stream="file:///nowhere/f"),
+    "SaveV2": lambda x: write_checkpoint("/nowhere/f", x),
+    "RestoreV2": lambda x: tf.raw_ops.RestoreV2(
+        prefix="/nowhere", tensor_names=["a"], shape_and_slices=[""], dtypes=[tf.float32]
+    )[0],
+    "MergeV2Checkpoints": lambda x: tf.raw_ops.MergeV2Checkpoints(
+        checkpoint_prefixes=["/nowhere/f"], destination_prefix="/nowhere/g"
+    ),
+}
+
+
+@pytest.mark.parametrize("depth", ["top", "nested"])
+@pytest.mark.parametrize("op", HARMFUL)
+def test_signature_that_reaches_files_or_code_is_refused(
+    op: str, depth: str, tmp_path: Path
+) -> None:
+    def effect(x: Any) -> Any:
+        done = HARMFUL[op](x)
+        with tf.control_dependencies([] if done is None else [done]):
+            return x + 1
+
+    def call(x: Any) -> Any:
+        if depth == "top":
+            return {"y": effect(x)}
+        return {"y": tf.cond(tf.reduce_sum(x) > 0, lambda: effect(x), lambda: x)}
+
+    save_call(call, tmp_path / "m")
+    with pytest.raises(RnnpruneError, match=rf"operator {op}\b") as caught:
+        load(tmp_path / "m")
+    assert caught.value.code == ExitCode.UNSUPPORTED
+    assert caught.value.hint
+
+
+def test_printing_to_the_terminal_is_allowed(tmp_path: Path) -> None:
+    def call(x: Any) -> Any:
+        tf.print(x)
+        return {"y": x + 1}
+
+    save_call(call, tmp_path / "m")
+    assert load(tmp_path / "m").layers == ()
+
+
+@pytest.mark.parametrize("op", ["WriteFile", "SaveV2"])
+def test_initialiser_that_writes_is_refused_before_it_runs(op: str, tmp_path: Path) -> None:
+    target = str(tmp_path / "written")
+
+    class Resource(tf.saved_model.experimental.TrackableResource):
+        def _create_resource(self) -> Any:
+            return tf.raw_ops.MutableHashTableV2(key_dtype=tf.int64, value_dtype=tf.int64)
+
+        def _initialize(self) -> None:
+            if op == "WriteFile":
+                tf.io.write_file(target, "x")
+            else:
+                write_checkpoint(target, 1.0)
+
+    class Holder(tf.Module):
+        def __init__(self) -> None:
+            self.resource = Resource()
+
+        @tf.function(input_signature=[tf.TensorSpec([2], name="x")])
+        def call(self, x: Any) -> Any:
+            size = tf.raw_ops.LookupTableSizeV2(table_handle=self.resource.resource_handle)
+            return {"y": x + tf.cast(size, tf.float32)}
+
+    module = Holder()
+    tf.saved_model.save(module, str(tmp_path / "m"), signatures=module.call)
+    for file in tmp_path.glob("written*"):
+        file.unlink()
+    with pytest.raises(RnnpruneError, match=f"operator {op}"):
+        load(tmp_path / "m")
+    assert not list(tmp_path.glob("written*"))
+
+
+def test_vocabulary_of_a_table_is_read(tmp_path: Path) -> None:
+    (tmp_path / "words").write_text("a\nb\n")
+    index = tf.lookup.TextFileIndex
+    words = tf.lookup.TextFileInitializer(
+        str(tmp_path / "words"), tf.string, index.WHOLE_LINE, tf.int64, index.LINE_NUMBER
+    )
+
+    class Holder(tf.Module):
+        def __init__(self) -> None:
+            self.table = tf.lookup.StaticVocabularyTable(words, 1)
+
+        @tf.function(input_signature=[tf.TensorSpec([2], tf.string, "x")])
+        def call(self, x: Any) -> Any:
+            return {"y": self.table.lookup(x)}
+
+    module = Holder()
+    tf.saved_model.save(module, str(tmp_path / "m"), signatures=module.call)
+    runner = load(tmp_path / "m").open()
+    assert runner.run({"x": np.array(["b", "z"], object)})[0].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("op", ["", "WriteFile", "SaveV2"])
+def test_initialiser_of_tensorflow_1_is_searched(op: str, tmp_path: Path) -> None:
+    v1, target = tf.compat.v1, str(tmp_path / "written")
+    with tf.Graph().as_default(), v1.Session() as session:
+        x = v1.placeholder(tf.float32, [2], name="x")
+        y = x + v1.get_variable("v", [2], use_resource=True)
+        session.run(v1.global_variables_initializer())
+        main = tf.no_op()
+        if op == "WriteFile":
+            main = tf.io.write_file(target, "x")
+        elif op == "SaveV2":
+            main = write_checkpoint(target, 1.0)
+        signature = v1.saved_model.predict_signature_def({"x": x}, {"y": y})
+        builder = v1.saved_model.Builder(str(tmp_path / "m"))
+        signatures = {"serving_default": signature}
+        builder.add_meta_graph_and_variables(session, ["serve"], signatures, main_op=main)
+        builder.save()
+    if not op:
+        assert load(tmp_path / "m").layers == ()
+        return
+    with pytest.raises(RnnpruneError, match=f"operator {op}"):
+        load(tmp_path / "m")
+    assert not list(tmp_path.glob("written*"))
 
 
 def test_zip_bomb_is_refused(keras_files: Any, tmp_path: Path) -> None:

@@ -6,17 +6,18 @@ import dataclasses
 
 import numpy as np
 import pytest
-from conftest import recurrent_model
+from conftest import GRAPHS, recurrent_model, two_layers
 
 from rnnprune_cli import onnx_model
 from rnnprune_cli.errors import ExitCode, NotEquivalentError
+from rnnprune_cli.model import UNCHANGED
 from rnnprune_cli.rewrite import packed, place
 from rnnprune_cli.verify import verify_same
 
 
-def expect_refusal(prune_model, tmp_path, **options):
+def expect_refusal(prune_model, tmp_path, model=None, **options):
     with pytest.raises(NotEquivalentError) as caught:
-        prune_model(recurrent_model(hidden=40, inputs=24), 0.8, **options)
+        prune_model(model or recurrent_model(hidden=40, inputs=24), 0.8, **options)
     assert caught.value.code == ExitCode.NOT_EQUIVALENT
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
 
@@ -50,18 +51,52 @@ def test_a_weight_that_was_not_masked_is_refused(prune_model, tmp_path, monkeypa
     expect_refusal(prune_model, tmp_path, export="dense")
 
 
-def test_a_changed_bias_is_refused(prune_model, tmp_path, monkeypatch):
+def change(monkeypatch, name):
+    """Lets every rewrite change one value of an initializer that is not to be pruned."""
     right = onnx_model.Placer.clean
 
     def wrong(self):
         right(self)
-        value = self._walker.model.graph.initializers["B"]
+        value = self._walker.model.graph.initializers[name]
         changed = value.const_value.numpy().copy()
-        changed[0, 0] += 1e-2
-        value.const_value = onnx_model.ir.tensor(changed, name="B")
+        changed.reshape(-1)[0] += 2e-2
+        value.const_value = onnx_model.ir.tensor(changed, name=name)
 
     monkeypatch.setattr(onnx_model.Placer, "clean", wrong)
-    expect_refusal(prune_model, tmp_path, export="dense")
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_a_changed_bias_is_refused(prune_model, tmp_path, monkeypatch, dtype):
+    change(monkeypatch, "B")
+    model = recurrent_model(hidden=40, inputs=24, dtype=dtype)
+    expect_refusal(prune_model, tmp_path, model, export="dense")
+
+
+@pytest.mark.parametrize("name", ["B", "W2"])
+def test_a_change_in_a_big_model_is_refused(prune_model, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(onnx_model, "BIG_MODEL_BYTES", 0)
+    change(monkeypatch, name)
+    expect_refusal(prune_model, tmp_path, two_layers(), exclude=["other"], export="dense")
+
+
+@pytest.mark.parametrize(
+    "graph", ["hand_w_constant_nodes", "hand_w_is_output", "hand_w_torch_chain"]
+)
+@pytest.mark.parametrize("export", ["dense", "packed", "auto"])
+def test_a_big_model_is_verified_one_way_or_the_other(prune_model, monkeypatch, graph, export):
+    monkeypatch.setattr(onnx_model, "BIG_MODEL_BYTES", 0)
+    report = prune_model(GRAPHS / f"{graph}.onnx", 0.5, export=export)
+    assert any("masked model" in c.claim or c.claim == UNCHANGED for c in report.verification)
+
+
+def test_a_big_model_is_held_against_its_file(prune_model, monkeypatch):
+    monkeypatch.setattr(onnx_model, "BIG_MODEL_BYTES", 0)
+    report = prune_model(two_layers(), 0.5, exclude=["other"], export="dense")
+    assert any(c.claim == UNCHANGED for c in report.verification)
+
+
+def test_comparing_nothing_proves_nothing():
+    assert not verify_same("same", [], []).passed
 
 
 @pytest.mark.parametrize("error", [2e-4, np.nan, np.inf])

@@ -93,9 +93,8 @@ def _figures(report: Report) -> Table:
 
 
 def _layers(report: Report) -> Table:
-    table = _table(
-        "layer", "op", "hidden", "weights", "not zero", "sparsity", "", right=(2, 3, 4, 5)
-    )
+    columns = ("layer", "op", "hidden", "weights", "not zero", "sparsity", "stored", "")
+    table = _table(*columns, right=(2, 3, 4, 5))
     for row in report.layers:
         table.add_row(
             row.name,
@@ -106,6 +105,7 @@ def _layers(report: Report) -> Table:
             _count(row.weights_after),
             _count(row.nonzero_after),
             f"{row.sparsity:.4f}",
+            "/".join(dict.fromkeys(row.stored)),
             row.blocked or "",
         )
     return table

@@ -149,19 +149,6 @@ def _as_gaps(bitmap: Packed, positions: Array) -> Packed:
     return Packed(bitmap.shape, bitmap.dtype, gaps, False, values, bitmap.scale)
 
 
-def unpack(packed: Packed) -> Array:
-    """Returns the dense weight; what the emitted operators compute."""
-    size = int(np.prod(packed.shape))
-    if packed.is_bitmap:
-        bits = np.unpackbits(packed.positions, count=size, bitorder="little")
-        positions = np.flatnonzero(bits)
-    else:
-        positions = np.cumsum(packed.positions, dtype=np.int64)
-    flat = np.zeros(size, packed.values.dtype)
-    flat[positions] = packed.values
-    return dense(flat.reshape(packed.shape), packed.scale, packed.dtype)
-
-
 def emit(packed: Packed, build: Builder, name: str) -> ir.Value:
     """Writes the unpacking operators into a graph.
 

@@ -56,143 +56,23 @@ _SAFE_NAMESPACES = (
     "bitwise",
     "__operators__",
 )
-_SAFE_FUNCTIONS = frozenset(
-    [
-        "abs",
-        "acos",
-        "acosh",
-        "add",
-        "add_n",
-        "argmax",
-        "argmin",
-        "argsort",
-        "asin",
-        "asinh",
-        "atan",
-        "atan2",
-        "atanh",
-        "batch_to_space",
-        "bitcast",
-        "boolean_mask",
-        "broadcast_dynamic_shape",
-        "broadcast_static_shape",
-        "broadcast_to",
-        "cast",
-        "clip_by_global_norm",
-        "clip_by_norm",
-        "clip_by_value",
-        "complex",
-        "concat",
-        "constant",
-        "cos",
-        "cosh",
-        "cumsum",
-        "divide",
-        "dynamic_partition",
-        "dynamic_stitch",
-        "edit_distance",
-        "eig",
-        "eigvals",
-        "einsum",
-        "ensure_shape",
-        "equal",
-        "exp",
-        "expand_dims",
-        "eye",
-        "fill",
-        "fingerprint",
-        "floor",
-        "gather",
-        "gather_nd",
-        "greater",
-        "greater_equal",
-        "histogram_fixed_width",
-        "identity",
-        "identity_n",
-        "less",
-        "less_equal",
-        "linspace",
-        "logical_and",
-        "logical_not",
-        "logical_or",
-        "matmul",
-        "matrix_square_root",
-        "maximum",
-        "meshgrid",
-        "minimum",
-        "multiply",
-        "negative",
-        "no_op",
-        "norm",
-        "not_equal",
-        "one_hot",
-        "ones",
-        "ones_like",
-        "pad",
-        "parallel_stack",
-        "pow",
-        "range",
-        "rank",
-        "realdiv",
-        "reduce_all",
-        "reduce_any",
-        "reduce_logsumexp",
-        "reduce_max",
-        "reduce_mean",
-        "reduce_min",
-        "reduce_prod",
-        "reduce_sum",
-        "repeat",
-        "reshape",
-        "reverse",
-        "reverse_sequence",
-        "roll",
-        "round",
-        "saturate_cast",
-        "scalar_mul",
-        "searchsorted",
-        "sequence_mask",
-        "shape",
-        "shape_n",
-        "sigmoid",
-        "sign",
-        "sin",
-        "sinh",
-        "size",
-        "slice",
-        "sort",
-        "space_to_batch",
-        "space_to_batch_nd",
-        "split",
-        "sqrt",
-        "square",
-        "squeeze",
-        "stack",
-        "stop_gradient",
-        "strided_slice",
-        "subtract",
-        "tan",
-        "tanh",
-        "tensor_scatter_nd_add",
-        "tensor_scatter_nd_max",
-        "tensor_scatter_nd_min",
-        "tensor_scatter_nd_sub",
-        "tensor_scatter_nd_update",
-        "tensordot",
-        "tile",
-        "transpose",
-        "truediv",
-        "truncatediv",
-        "truncatemod",
-        "unique",
-        "unique_with_counts",
-        "unstack",
-        "unravel_index",
-        "where",
-        "zeros",
-        "zeros_like",
-    ]
-)
+_PLAIN = """
+abs acos acosh add add_n argmax argmin argsort asin asinh atan atan2 atanh batch_to_space bitcast
+boolean_mask broadcast_dynamic_shape broadcast_static_shape broadcast_to cast clip_by_global_norm
+clip_by_norm clip_by_value complex concat constant cos cosh cumsum divide dynamic_partition
+dynamic_stitch edit_distance eig eigvals einsum ensure_shape equal exp expand_dims eye fill
+fingerprint floor gather gather_nd greater greater_equal histogram_fixed_width identity identity_n
+less less_equal linspace logical_and logical_not logical_or matmul matrix_square_root maximum
+meshgrid minimum multiply negative no_op norm not_equal one_hot ones ones_like pad parallel_stack
+pow range rank realdiv reduce_all reduce_any reduce_logsumexp reduce_max reduce_mean reduce_min
+reduce_prod reduce_sum repeat reshape reverse reverse_sequence roll round saturate_cast scalar_mul
+searchsorted sequence_mask shape shape_n sigmoid sign sin sinh size slice sort space_to_batch
+space_to_batch_nd split sqrt square squeeze stack stop_gradient strided_slice subtract tan tanh
+tensor_scatter_nd_add tensor_scatter_nd_max tensor_scatter_nd_min tensor_scatter_nd_sub
+tensor_scatter_nd_update tensordot tile transpose truediv truncatediv truncatemod unique
+unique_with_counts unstack unravel_index where zeros zeros_like
+"""
+_SAFE_FUNCTIONS = frozenset(_PLAIN.split())
 _SAFE_CLASSES = ("RaggedTensor", "SparseTensor")
 _FUNCTION_LAYERS = ("TFOpLambda", "SlicingOpLambda")
 _METHOD_LAYERS = ("ClassMethod", "InstanceMethod", "InstanceProperty")
@@ -485,7 +365,7 @@ def _unsafe_call(kind: str, settings: dict[str, Any]) -> str | None:
         return None if safe else f"tf.{owner}.{method}"
     if kind == "TensorFlowOpLayer":  # Keras of TensorFlow 2.0 to 2.3
         words = re.findall(r"\w+", str(settings.get("node_def")))
-        return next((word for word in words if is_harmful(word)), None)
+        return next((word for word in words if is_harmful(word, savers=True)), None)
     return None
 
 

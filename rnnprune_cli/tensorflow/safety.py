@@ -39,9 +39,14 @@ _INITIALIZER_SIGNATURE = "__saved_model_init_op"
 _HINT = "save the model without this operator, and prune that"
 
 
-def is_harmful(op: str) -> bool:
-    """Whether no plain computation needs an operator, as it touches more than its operands."""
-    return _HARMFUL.fullmatch(op) is not None
+def is_harmful(op: str, savers: bool = False) -> bool:
+    """Whether no plain computation needs an operator, as it touches more than its operands.
+
+    Args:
+        op: Name of the operator.
+        savers: Whether that holds for those, too, that save and restore checkpoints.
+    """
+    return bool(_HARMFUL.fullmatch(op) or (savers and _SAVER.fullmatch(op)))
 
 
 def check_signature(label: Path, name: str, graph: Any) -> None:  # noqa: ANN401  GraphDef
@@ -187,9 +192,7 @@ def _check_nodes(
     allowed: Callable[[str], bool] = _no_exception,
 ) -> None:
     for node in nodes:
-        harmful = is_harmful(node.op)
-        if savers and _SAVER.fullmatch(node.op) is not None:
-            harmful = not allowed(node.op)
+        harmful = is_harmful(node.op, savers) and not allowed(node.op)
         if node.op in _PRINTS:
             harmful = node.attr["output_stream"].s.startswith(b"file:")
         if harmful:
