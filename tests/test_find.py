@@ -125,7 +125,8 @@ def call_with(r_input: bool) -> onnx.ModelProto:
     opset = helper.make_opsetid("", 17)
     for attr in node.attribute:
         if attr.name == "direction":
-            attr.CopyFrom(helper.make_attribute_ref_name(attr, "way"))
+            attr.ClearField("s")
+            attr.ref_attr_name = "way"
     function = helper.make_function(
         "local",
         "layer",
