@@ -1042,8 +1042,8 @@ def test_plain_functions_of_tensorflow_are_allowed(tmp_path: Path) -> None:
     y = k.layers.LSTM(6, return_sequences=True)(tf.transpose(tf.concat([x, x], 2), [0, 1, 2]))
     y = tf.reduce_mean(tf.tanh(tf.reshape(y, [-1, 4, 6])[:, 1:]), 1) - 1.0
     a, b = tf.split(tf.math.softplus(y), 2, 1)
-    y = tf.squeeze(tf.expand_dims(tf.where(a > 0.5, a, tf.cast(b, tf.float32)), 1), 1)
-    k.Model(x, tf.matmul(y, y, transpose_b=True)).save(str(tmp_path / "m.h5"))
+    y = tf.stack([tf.where(a > 0.5, a, tf.cast(b, tf.float32)), b], 1)
+    k.Model(x, tf.matmul(y, y, transpose_b=True) * 2).save(str(tmp_path / "m.h5"))
     assert [layer.op for layer in load(tmp_path / "m.h5").layers] == ["LSTM"]
 
 
