@@ -8,7 +8,7 @@ import platform
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,19 +125,15 @@ def gzip_bytes(files: Sequence[Path]) -> tuple[int, bool]:
     every = 1 if total <= GZIP_EXACT_BYTES else -(-total // GZIP_SAMPLE_BYTES)
     compressor = zlib.compressobj(6, zlib.DEFLATED, 31)
     packed = seen = 0
-    for number, block in enumerate(_blocks(files)):
-        if number % every == 0:
-            packed += len(compressor.compress(block))
-            seen += len(block)
-    packed += len(compressor.flush())
-    return (round(packed * total / seen) if seen else 0), every > 1
-
-
-def _blocks(files: Sequence[Path]) -> Iterator[bytes]:
     for path in files:
         with path.open("rb") as file:
-            while block := file.read(_BLOCK):
-                yield block
+            for start in range(0, path.stat().st_size, every * _BLOCK):
+                file.seek(start)
+                block = file.read(_BLOCK)
+                packed += len(compressor.compress(block))
+                seen += len(block)
+    packed += len(compressor.flush())
+    return (round(packed * total / seen) if seen else 0), every > 1
 
 
 def sha256(files: Sequence[Path]) -> str:
@@ -146,8 +142,11 @@ def sha256(files: Sequence[Path]) -> str:
     A model that is one file has the same digest as the file.
     """
     digest = hashlib.sha256()
-    for block in _blocks(files):
-        digest.update(block)
+    buffer = memoryview(bytearray(_BLOCK))
+    for path in files:
+        with path.open("rb", buffering=0) as file:
+            while size := file.readinto(buffer):
+                digest.update(buffer[:size])
     return digest.hexdigest()
 
 
