@@ -376,8 +376,17 @@ def _is_keras(module: str, kind: str, config: Any) -> bool:  # noqa: ANN401
     return module.split(".")[0] in _SAFE_MODULES
 
 
+_SAFE_COMPAT = frozenset(
+    f"compat.v1.{name}"
+    for name in ("transpose", "squeeze", "shape", "size", "gather", "gather_nd", "pad")
+)
+"""What tf_keras itself saves under the old names."""
+
+
 def _is_safe_function(name: str) -> bool:
     """Whether a symbol of TensorFlow's API is a plain computation."""
+    if name in _SAFE_COMPAT:
+        return True
     namespace = name.split(".")[:-1]
     return namespace[0] in _SAFE_NAMESPACES if namespace else name in _SAFE_FUNCTIONS
 
