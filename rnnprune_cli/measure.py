@@ -19,6 +19,7 @@ from rnnprune_cli.model import Feed, Latency, Ratio, Runner
 WARM_UP_CALLS = 3
 SHORTEST_SAMPLE = 1e-3
 """Seconds; calls that are faster are timed several at once."""
+MIN_PAIRS = 5
 MAX_PAIRS = 200
 ROUNDS = 5
 RESAMPLES = 500
@@ -43,7 +44,8 @@ def interleaved_latency(
     Args:
         openers: Return the reference, and the model held against it, ready to run.
         feed: Input of one call.
-        seconds: About how long to measure; slow models get fewer rounds, and at least three pairs.
+        seconds: About how long to measure; slow models get fewer rounds, and at least
+            :data:`MIN_PAIRS` pairs in each.
         rounds: How often both are opened, at most.
         seed: Seed of the order and of the bootstrap.
 
@@ -68,8 +70,8 @@ def interleaved_latency(
             rounds = left = max(1, min(rounds, int(seconds / max(8 * slowest, 1e-9))))
         pairs: tuple[list[float], list[float]] = ([], [])
         begin = time.perf_counter()
-        while len(pairs[0]) < max(3, MAX_PAIRS // rounds):
-            if len(pairs[0]) >= 3 and time.perf_counter() - begin > seconds / rounds:
+        while len(pairs[0]) < MAX_PAIRS // rounds:
+            if len(pairs[0]) >= MIN_PAIRS and time.perf_counter() - begin > seconds / rounds:
                 break
             for side in generator.permutation(2):
                 sides[side].reset()
