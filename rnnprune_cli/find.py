@@ -360,10 +360,12 @@ def _other_recurrence(walker: Walker) -> Iterable[Skipped]:
         seen.add(id(node))
         name = node.name or node.op_type
         if node.op_type in ("Loop", "Scan"):
-            inner = Counter(n.op_type for sub in subgraphs(node) for n in sub.all_nodes())
+            body = [n for sub in subgraphs(node) for n in sub.all_nodes()]
+            inner = Counter(n.op_type for n in body)
             if inner["Sigmoid"] + inner["Tanh"] + inner["HardSigmoid"] and (
                 inner["MatMul"] + inner["Gemm"]
             ):
+                seen.update(id(n) for n in body)  # reported as one
                 yield Skipped(
                     name,
                     f"the recurrent cell is written out inside a {node.op_type} "
