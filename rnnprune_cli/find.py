@@ -102,14 +102,18 @@ def locate(walker: Walker) -> list[Located]:
     return found
 
 
-def find(walker: Walker) -> Found:
+def find(walker: Walker, file_bytes: int) -> Found:
     """Finds every recurrent layer of a model.
+
+    Args:
+        walker: The model.
+        file_bytes: Size of its files.
 
     Raises:
         RnnpruneError: If a recurrent operator contradicts its own weights, or holds NaN or
             infinite values (the model could not have worked).
     """
-    folder = Folder(walker)
+    folder = Folder(walker, file_bytes)
     skipped: list[Skipped] = []
     candidates: list[_Candidate] = []
     for located in locate(walker):

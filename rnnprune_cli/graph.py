@@ -22,7 +22,9 @@ Calls = tuple[ir.Node, ...]
 
 MAX_INSTANCES = 200_000
 MAX_FOLDED_BYTES = 1 << 32
-"""All results of one model together."""
+"""All results of one model together, unless its files are large."""
+MAX_EXPANSION = 64
+"""What results may take in all, times the size of the files: unpacking takes about 40."""
 
 _ELEMENTWISE = frozenset(
     {"Add", "Sub", "Mul", "Div", "Pow", "Mod", "BitShift", "Less", "Where", "BitwiseAnd", "Expand"}
@@ -244,18 +246,24 @@ def stored_tensor(value: ir.Value) -> ir.TensorProtocol | None:
 
 
 class Folder:
-    """Evaluates values that depend on constants only, with onnxruntime, node by node."""
+    """Evaluates values that depend on constants only, with onnxruntime, node by node.
 
-    def __init__(self, walker: Walker) -> None:
+    Args:
+        walker: The model.
+        file_bytes: Size of its files; what they may expand to depends on it.
+    """
+
+    def __init__(self, walker: Walker, file_bytes: int) -> None:
         self._walker = walker
+        self._limit = max(MAX_FOLDED_BYTES, MAX_EXPANSION * file_bytes)
         self._done: dict[tuple[int, tuple[int, ...]], Array | str] = {}
         self._spent = 0
 
     def fold(self, value: ir.Value, calls: Calls) -> Array | str:
         """Returns the value of a constant expression, or a sentence saying why it is none.
 
-        Only the operators in :data:`FOLDABLE` are evaluated, and only up to
-        :data:`MAX_FOLDED_BYTES`: the model file is not trusted.
+        Only the operators in :data:`FOLDABLE` are evaluated, and only up to a limit: the model file
+        is not trusted.
         """
         value, calls = self._walker.origin(value, calls)
         key = (id(value), tuple(id(call) for call in calls))
@@ -288,8 +296,8 @@ class Folder:
             self._spent += _bound(node, arrays)
         except (IndexError, ValueError):
             return f"{node.op_type} '{node.name}' has inputs that do not fit together"
-        if self._spent > MAX_FOLDED_BYTES:
-            return f"'{value.name}' would take more than {MAX_FOLDED_BYTES >> 30} GiB to compute"
+        if self._spent > self._limit:
+            return f"'{value.name}' would take more than {self._limit >> 30} GiB to compute"
         return _run_node(
             node, arrays, self._walker.opset(self._walker.root(node.graph)), value.index() or 0
         )

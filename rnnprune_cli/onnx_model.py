@@ -71,7 +71,7 @@ class OnnxModel(LoadedModel):
         self.big = size > BIG_MODEL_BYTES
         model = deserialize(proto, path)
         walker = Walker(model)
-        self._found: Found = find(walker)
+        self._found: Found = find(walker, size)
         self.layers = self._found.layers
         self.skipped = self._found.skipped
         self.producer = " ".join(
@@ -304,6 +304,7 @@ class OnnxModel(LoadedModel):
         Packed weights are unpacked by onnxruntime, operator by operator.
         """
         walker = Walker(deserialize(read_proto(saved.path), saved.path))
+        size = sum(file.stat().st_size for file in saved.files)
         done: set[tuple[str, int]] = set()
         for site, weight in self._sites(walker):
             if weight.name not in saved.stored or (weight.name, id(site.value)) in done:
@@ -313,7 +314,7 @@ class OnnxModel(LoadedModel):
             if tensor is not None:
                 yield weight.name, reader(tensor)()
                 continue
-            values = Folder(walker).fold(site.value, site.calls)
+            values = Folder(walker, size).fold(site.value, site.calls)
             if isinstance(values, str):
                 raise NotEquivalentError(f"weight '{weight.name}' cannot be read back: {values}")
             yield weight.name, values

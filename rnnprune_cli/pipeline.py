@@ -87,7 +87,7 @@ class PruneOptions:
     threads: int = 1
     force: bool = False
     reports: tuple[Path, ...] = ()
-    latency_seconds: float = 0.7
+    latency_seconds: float = 0.5
 
 
 def prune(options: PruneOptions, arguments: Mapping[str, Any], progress: Progress) -> Report:
