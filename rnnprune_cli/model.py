@@ -261,8 +261,8 @@ class LoadedModel(ABC):
     def open_masked(self, stored: Mapping[str, Callable[[], Array]], threads: int = 1) -> Runner:
         """Returns the reference: the original graph with other values for its weights.
 
-        It shares no code with :meth:`save` beyond finding the weights, so that the two can be held
-        against each other.
+        It binds new tensors to the inputs of the recurrent operators instead of putting weights
+        where they are stored, as :meth:`save` does, so that the two can be held against each other.
         """
 
     @abstractmethod
