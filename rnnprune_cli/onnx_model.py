@@ -30,7 +30,13 @@ from rnnprune_cli.model import (
     StoredWeight,
     Weight,
 )
-from rnnprune_cli.onnx_file import checker_refuses, deserialize, external_files, read_proto
+from rnnprune_cli.onnx_file import (
+    checker_refuses,
+    deserialize,
+    external_files,
+    graphs,
+    read_proto,
+)
 from rnnprune_cli.onnx_inputs import describe_inputs, describe_outputs, size_hints
 from rnnprune_cli.rewrite import packed, sparse
 from rnnprune_cli.rewrite.build import MIN_IR_INITIALIZERS, Builder, value_names
@@ -69,6 +75,7 @@ class OnnxModel(LoadedModel):
         size = sum(f.stat().st_size for f in self.files)
         self._external = len(self.files) > 1 or size > MAX_INLINE_BYTES
         self.big = size > BIG_MODEL_BYTES
+        self._declared = {info.name for graph in graphs(proto) for info in graph.value_info}
         model = deserialize(proto, path)
         walker = Walker(model)
         self._found: Found = find(walker, size)
@@ -292,6 +299,11 @@ class OnnxModel(LoadedModel):
             ir.save(model, path, external_data=data)
             return tuple(p for p in (path, path.parent / data) if p.exists())
         proto = ir.to_proto(model)
+        for graph in graphs(proto):
+            # onnx-ir declares every initializer a second time; what the file had stays.
+            stored = {tensor.name for tensor in graph.initializer} - self._declared
+            for info in [v for v in graph.value_info if v.name in stored]:
+                graph.value_info.remove(info)
         sparse.make_sparse(proto, sparse_names)
         path.write_bytes(proto.SerializeToString(deterministic=True))
         return (path,)

@@ -145,6 +145,7 @@ def test_everything_else_of_the_model_is_kept(prune_model, tmp_path):
     assert written.graph.doc_string == "a graph"
     assert list(written.graph.input) == list(model.graph.input)
     assert list(written.graph.output) == list(model.graph.output)
+    assert not written.graph.value_info
     props = {p.key: p.value for p in written.metadata_props}
     assert props["owner"] == "tests"
     assert '"sparsity": 0.5' in props["rnnprune"]

@@ -70,7 +70,7 @@ class Builder:
         """Adds a node with one output, before all nodes that were there."""
         # Short names, and none for the node: they are a good part of a small model's file.
         node = ir.node(op_type, inputs, attributes=attributes)
-        node.outputs[0].name = output if output is not None else self.unique("rnnprune")
+        node.outputs[0].name = output if output is not None else self.unique("rp")
         self._graph.insert_before(self._first, node)
         return node.outputs[0]
 

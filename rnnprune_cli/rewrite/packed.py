@@ -179,21 +179,21 @@ def _from_bitmap(packed: Packed, build: Builder, name: str) -> ir.Value:
     padded = -(-size // step) * step
     bitmap = np.zeros(padded // 8, np.uint8)
     bitmap[: packed.positions.size] = packed.positions
-    whole = build.shared("rnnprune/whole", np.array([-1], np.int64))
+    whole = build.shared("rp/all", np.array([-1], np.int64))
     if build.opset >= MIN_OPSET_CUMSUM:
         # Bit k of a byte is (byte >> k) mod 2.
         column = build.constant(f"{name}/bitmap", bitmap[:, None])
-        shifts = build.shared("rnnprune/shifts", np.arange(8, dtype=np.uint8))
-        two = build.shared("rnnprune/two", np.array(2, np.uint8))
+        shifts = build.shared("rp/8", np.arange(8, dtype=np.uint8))
+        two = build.shared("rp/2", np.array(2, np.uint8))
         shifted = build.node("BitShift", [column, shifts], direction="RIGHT")
         bits = build.node("Mod", [shifted, two])
     else:
         table = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
         index = _cast(build, build.constant(f"{name}/bitmap", bitmap), np.int32)
-        bits = build.node("Gather", [build.shared("rnnprune/bits", table), index], axis=0)
+        bits = build.node("Gather", [build.shared("rp/bits", table), index], axis=0)
     ones = _cast(build, build.node("Reshape", [bits, whole]), np.int32)
     if build.opset >= MIN_OPSET_CUMSUM:
-        axis = build.shared("rnnprune/axis", np.array(0, np.int64))
+        axis = build.shared("rp/0", np.array(0, np.int64))
         count = build.node("CumSum", [ones, axis])
     else:
         count = _running_count(ones, bitmap, build, name, whole)
@@ -216,10 +216,10 @@ def _running_count(
     in_block = np.unpackbits(bitmap).reshape(-1, BLOCK).sum(axis=1, dtype=np.int32)
     before = (np.cumsum(in_block, dtype=np.int32) - in_block)[:, None]
     number = np.arange(BLOCK, dtype=np.float32)
-    rows = build.shared("rnnprune/rows", number[:, None])
-    columns = build.shared("rnnprune/columns", number[None] + np.float32(0.5))
+    rows = build.shared("rp/rows", number[:, None])
+    columns = build.shared("rp/columns", number[None] + np.float32(0.5))
     upper = _cast(build, build.node("Less", [rows, columns]), np.float32)
-    shape = build.shared("rnnprune/blocks", np.array([-1, BLOCK], np.int64))
+    shape = build.shared("rp/blocks", np.array([-1, BLOCK], np.int64))
     blocks = _cast(build, build.node("Reshape", [ones, shape]), np.float32)
     count = _cast(build, build.node("MatMul", [blocks, upper]), np.int32)
     total = build.node("Add", [count, build.constant(f"{name}/before", before)])
@@ -228,7 +228,7 @@ def _running_count(
 
 def _from_gaps(packed: Packed, build: Builder, name: str) -> ir.Value:
     gaps = _cast(build, build.constant(f"{name}/gaps", packed.positions), np.int32)
-    axis = build.shared("rnnprune/axis", np.array(0, np.int64))
+    axis = build.shared("rp/0", np.array(0, np.int64))
     positions = build.node("CumSum", [gaps, axis])
     size = build.constant(f"{name}/size", np.array([np.prod(packed.shape)], np.int64))
     zeros = build.node("ConstantOfShape", [size], value=ir.tensor(np.zeros(1, packed.values.dtype)))
