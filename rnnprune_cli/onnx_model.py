@@ -224,6 +224,8 @@ class OnnxModel(LoadedModel):
             form, why_not = self._choose(weight, mask, options, weight_name in overridable)
             forms[weight_name] = form
             warnings.extend([why_not] if why_not else [])
+            if options.values != "float32" and form != "packed":
+                warnings.append(f"'{weight_name}' is stored {form}, its values are not rounded")
             masked[weight_name] = stored[weight_name] = StoredWeight(weight, mask)
             if form == "packed" and options.values != "float32":
                 rounding = packed.rounding(options.values)

@@ -93,10 +93,10 @@ class PruneOptions:
 def prune(options: PruneOptions, arguments: Mapping[str, Any], progress: Progress) -> Report:
     """Prunes one model.
 
-    1. Check the options, then load the model and the data.
+    1. Check the options, then load the model.
     2. Score and select.
     3. Write into a temporary folder beside the output.
-    4. Verify what was written there against the masked model.
+    4. Load or make up data, and verify what was written there against the masked model.
     5. Measure it against the original.
     6. Move it to its place.
 
@@ -531,7 +531,7 @@ def _feeds(
     if data is None:
         macs = sum(layer.macs_per_step for layer in layers)
         return made_up_feeds(original, seed, max(1, _MACS_OF_MADE_UP_FEED // macs))
-    bounds = list(data.batches(_VERIFIED_SAMPLES))[: 1 if not data.stacked else _VERIFIED_SAMPLES]
+    bounds = list(data.batches(_VERIFIED_SAMPLES))[: _VERIFIED_SAMPLES if data.single else 1]
     feeds: list[Feed] = [data.feed(start, stop) for start, stop in bounds]
     for feed in feeds:
         original.reset()

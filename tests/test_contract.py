@@ -157,3 +157,9 @@ def test_pruned_model_can_be_pruned_again(prune_model, tmp_path):
     report = prune_model(tmp_path / "first.onnx", 0.9, export="packed")
     assert report.layers[0].sparsity == pytest.approx(0.9, abs=0.01)
     assert report.ratios.nonzero < 0.32
+
+
+def test_values_that_are_not_rounded_are_named(prune_model):
+    report = prune_model(recurrent_model(hidden=3, inputs=2), 0.5, values="int8")
+    assert report.layers[0].stored == ("dense", "dense")
+    assert any("not rounded" in warning for warning in report.warnings)

@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 import pytest
 from conftest import GRAPHS, initializers, recurrent_model, two_layers
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from rnnprune_cli.errors import RnnpruneError, UsageError
 from rnnprune_cli.load import load
@@ -159,3 +159,17 @@ def test_a_function_that_is_also_called_with_other_weights_is_refused(prune_mode
     with pytest.raises(RnnpruneError) as caught:
         prune_model(call_with(r_input=True), 0.5)
     assert caught.value.code == 3
+
+
+@pytest.mark.parametrize("export", ["dense", "packed"])
+def test_a_weight_computed_by_the_caller_of_a_function_is_pruned(prune_model, tmp_path, export):
+    model = call_with(r_input=False)
+    values = initializers(model)["W"]
+    stored = next(t for t in model.graph.initializer if t.name == "W")
+    turned = np.ascontiguousarray(values.transpose(0, 2, 1))
+    stored.CopyFrom(numpy_helper.from_array(turned, "turned"))
+    model.graph.node.insert(0, helper.make_node("Transpose", ["turned"], ["W"], perm=[0, 2, 1]))
+    report = prune_model(model, 0.5, export=export)
+    assert report.layers[0].sparsity == pytest.approx(0.5, abs=0.03)
+    ops = [node.op_type for node in onnx.load(str(tmp_path / "out.onnx")).graph.node]
+    assert "Transpose" not in ops

@@ -87,17 +87,19 @@ class Placer:
         old = site.value
         if id(old) in self._placed:
             return old.name or ""
-        own = stored_tensor(old) is not None and exclusive(self._walker, old, self._readers)
+        alone = exclusive(self._walker, old, self._readers)
+        own = alone and stored_tensor(old) is not None
         if own and form != "packed":
             self._placed.add(id(old))
             self._set(old, lazy_tensor(weight, read))
             return old.name or ""
-        root = self._walker.root(old.graph if own else site.node.graph)
+        # Where all readers see it: beside the old one, which a caller may pass to a function.
+        root = self._walker.root(old.graph if alone else site.node.graph)
         key = (weight.name, id(root))
         if key not in self._made:
             self._made[key] = self._make(root, weight, read, form)
         new = self._made[key]
-        if own or exclusive(self._walker, old, self._readers):
+        if alone:
             old.replace_all_uses_with(new)
         else:
             site.node.replace_input_with(site.index, new)
