@@ -109,6 +109,10 @@ class Walker:
                 inner.append((iter(function), (*calls, node)))
             stack.extend(reversed(inner))
 
+    def owner(self, graph: ir.Graph) -> ir.Node | None:
+        """Returns the node that a branch or body belongs to."""
+        return self._owners.get(id(graph))
+
     def root(self, graph: ir.Graph | None) -> ir.Graph:
         """Returns the outermost graph around a graph: the main graph or a function's."""
         while graph is not None and id(graph) in self._owners:

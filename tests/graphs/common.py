@@ -17,7 +17,6 @@ import numpy as np
 import onnx
 
 HERE = Path(__file__).resolve().parent
-INDEX = HERE / "index.json"
 RECURRENT = ("LSTM", "GRU", "RNN", "DynamicQuantizeLSTM")
 LOOPS = ("Loop", "Scan")
 
@@ -173,34 +172,36 @@ def strip_notes(model: onnx.ModelProto) -> None:
             scopes.extend(a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH)
 
 
-def read_index() -> dict[str, dict[str, Any]]:
-    """Read `index.json`, or an empty index where there is none yet."""
-    entries: dict[str, dict[str, Any]] = json.loads(INDEX.read_text()) if INDEX.exists() else {}
+def read_index(folder: Path = HERE) -> dict[str, dict[str, Any]]:
+    """Read the `index.json` of a folder, or an empty index where there is none yet."""
+    path = folder / "index.json"
+    entries: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
     return entries
 
 
-def write_cases(made: Iterable[Case], script: str) -> None:
+def write_cases(made: Iterable[Case], script: str, folder: Path = HERE) -> None:
     """Write graphs with their data and put them in the index in place of the script's old ones."""
     cases = list(made)
-    index = read_index()
+    folder.mkdir(exist_ok=True)
+    index = read_index(folder)
     for name in [name for name, entry in index.items() if entry["script"] == script]:
         for suffix in (".onnx", ".npz", ".bin"):
-            (HERE / f"{name}{suffix}").unlink(missing_ok=True)
+            (folder / f"{name}{suffix}").unlink(missing_ok=True)
         del index[name]
     for case in cases:
         if case.name in index:
             raise ValueError(f"two graphs are named {case.name}")
         index[case.name] = describe(case, script)
-        write_model(case)
+        write_model(case, folder)
         arrays = {f"input:{name}": array for name, array in case.feeds.items()}
         arrays |= {f"output:{name}": array for name, array in case.outputs.items()}
-        np.savez_compressed(HERE / f"{case.name}.npz", allow_pickle=False, **arrays)
+        np.savez_compressed(folder / f"{case.name}.npz", allow_pickle=False, **arrays)
         print(case.name)
     lines = [f"{json.dumps(name)}: {json.dumps(index[name])}" for name in sorted(index)]
-    INDEX.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    (folder / "index.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def write_model(case: Case) -> None:
+def write_model(case: Case, folder: Path) -> None:
     """Write a model, and beside it the tensors that it keeps outside."""
     model = onnx.ModelProto()
     model.CopyFrom(case.model)
@@ -216,5 +217,5 @@ def write_model(case: Case) -> None:
             initializer.external_data.add(key=key, value=str(value))
         blob += data
     if blob:
-        (HERE / f"{case.name}.bin").write_bytes(blob)
-    (HERE / f"{case.name}.onnx").write_bytes(model.SerializeToString(deterministic=True))
+        (folder / f"{case.name}.bin").write_bytes(blob)
+    (folder / f"{case.name}.onnx").write_bytes(model.SerializeToString(deterministic=True))

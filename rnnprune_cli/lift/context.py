@@ -1,0 +1,282 @@
+"""What all lifts of one pass share: the graph's algebra and layout, and the means to edit it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from rnnprune_cli.graph import Folder, Walker
+from rnnprune_cli.lift.algebra import Algebra
+from rnnprune_cli.lift.layout import Layout, rank
+from rnnprune_cli.model import Array
+from rnnprune_cli.rewrite.build import Builder, value_names
+
+_INT64_MIN = -(2**63)
+_REACH = 2000
+"""How many nodes to look through for a state's way to the next step."""
+
+
+class Context:
+    """A model without functions, seen before a pass changes it, and what changes it.
+
+    What was asked before a change must not be asked again after it: make a new context then.
+
+    Args:
+        model: The model, with shapes inferred.
+        file_bytes: Size of its files; what constants may expand to depends on it.
+    """
+
+    SURE = 3
+
+    def __init__(self, model: ir.Model, file_bytes: int) -> None:
+        self.model = model
+        self.walker = Walker(model)
+        self.layout = Layout(self.walker, Folder(self.walker, file_bytes))
+        self.algebra = Algebra(self.layout)
+        self.opset = self.walker.opset(model.graph)
+        self._build = Builder(model.graph, self.opset, True, value_names(model))
+        self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
+        self._ints: dict[tuple[int, tuple[int, ...]], ir.Value] = {}
+        self._replaced: dict[int, tuple[ir.Value, ir.Value]] = {}
+
+    # Telling states from inputs
+
+    def likeness(self, value: ir.Value, cell: ir.Value | None, after: ir.Value) -> int:
+        """Rates how much a value looks like the hidden state before a step.
+
+        Args:
+            value: The value.
+            cell: The cell state before, where the cell has one.
+            after: The hidden state after.
+
+        Returns:
+            :attr:`SURE` for a state of a loop, or of a model that hands it in and out; less for
+            what comes from the same tensor as the cell state, or from an input or a constant.
+        """
+        source = self.source(value)
+        loop = None if source.graph is None else self.walker.owner(source.graph)
+        if loop is not None and loop.op_type in ("Loop", "Scan") and source.is_graph_input():
+            carried = self.carried(loop, source)
+            return self.SURE if carried is not None and self._reaches(carried, after) else 0
+        main = self.model.graph
+        if source.graph is main and source.is_graph_input() and not source.is_initializer():
+            if any(self._reaches(out, after, layout_only=True) for out in main.outputs):
+                return self.SURE
+        if cell is not None and self.source(cell) is source:
+            return 2
+        return 1 if source.is_graph_input() or self.layout.constant(source) is not None else 0
+
+    def source(self, value: ir.Value) -> ir.Value:
+        """Returns the tensor that a value is a part of."""
+        while True:
+            value = self.layout.bare(value)
+            node = value.producer()
+            if node is None or node.op_type not in _PARTS or not node.inputs:
+                return value
+            before = node.inputs[0]
+            if before is None:
+                return value
+            value = before
+
+    def carried(self, loop: ir.Node, value: ir.Value) -> ir.Value | None:
+        """Returns what a loop's body hands on for one of its inputs; None for other inputs."""
+        assert value.graph is not None
+        position = next(i for i, v in enumerate(value.graph.inputs) if v is value)
+        if loop.op_type == "Loop":
+            return value.graph.outputs[position - 1] if position >= 2 else None
+        scanned = loop.attributes.get_int("num_scan_inputs", 0) or 0
+        states = len(value.graph.inputs) - scanned
+        return value.graph.outputs[position] if position < states else None
+
+    def _reaches(self, end: ir.Value, start: ir.Value, layout_only: bool = False) -> bool:
+        """Tells whether a value is made from another without leaving its elements' places."""
+        wanted = self.layout.bare(start)
+        pending, seen = [end], set()
+        allowed = _PARTS | {"Concat"} if layout_only else _PARTS | _CHOOSING
+        while pending and len(seen) < _REACH:
+            value = self.layout.bare(pending.pop())
+            if value is wanted:
+                return True
+            node = value.producer()
+            if node is None or id(node) in seen or node.op_type not in allowed:
+                continue
+            seen.add(id(node))
+            if node.op_type != "Mul" or any(v is not None and is_flag(v) for v in node.inputs):
+                pending.extend(v for v in node.inputs if v is not None)
+        return False
+
+    # Editing
+
+    def constant(self, name: str, array: Array) -> ir.Value:
+        """Adds a constant to the main graph, where everything can read it; equal ones once."""
+        key = (array.dtype.str, array.shape, array.tobytes() if array.size < 4096 else b"")
+        if not key[2]:
+            key = (*key[:2], _digest(array))
+        if key not in self._constants:
+            self._constants[key] = self._build.constant(name, array)
+        return self._constants[key]
+
+    def ints(self, before: ir.Node, values: Sequence[int]) -> ir.Value:
+        """Adds a vector of integers to the graph of a node, where shape inference sees it."""
+        graph = before.graph
+        assert isinstance(graph, ir.Graph)
+        key = (id(graph), tuple(values))
+        if key not in self._ints:
+            name = self.unique("lift/" + "_".join(str(v) if v > _INT64_MIN else "end" for v in values))
+            tensor = ir.tensor(np.array(values, np.int64), name=name)
+            new = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
+            new.const_value = tensor
+            graph.register_initializer(new)
+            self._ints[key] = new
+        return self._ints[key]
+
+    def current(self, value: ir.Value) -> ir.Value:
+        """Returns what took a value's place since the context was made."""
+        while id(value) in self._replaced:
+            value = self._replaced[id(value)][1]
+        return value
+
+    def unique(self, name: str) -> str:
+        """Returns a name that nothing else in the model has, and reserves it."""
+        return self._build.unique(name)
+
+    def node(
+        self,
+        before: ir.Node,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        outputs: int = 1,
+        name: str | None = None,
+        **attributes: int | float | str | list[int] | list[float] | list[str],
+    ) -> ir.Node:
+        """Adds a node before another."""
+        new = ir.node(op_type, inputs, attributes=attributes, num_outputs=outputs, name=name)
+        for value in new.outputs:
+            value.name = self.unique(f"{name or 'lift'}_{op_type}" if name is None else f"{name}/y")
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+        assert before.graph is not None
+        before.graph.insert_before(before, new)
+        return new
+
+    def one(
+        self,
+        before: ir.Node,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        **attributes: int | float | str | list[int] | list[float] | list[str],
+    ) -> ir.Value:
+        """Adds a node with one output before another, and returns the output."""
+        return self.node(before, op_type, inputs, **attributes).outputs[0]
+
+    def squeeze(self, before: ir.Node, value: ir.Value, axes: Sequence[int]) -> ir.Value:
+        """Adds a Squeeze."""
+        return self._axes(before, "Squeeze", value, axes)
+
+    def unsqueeze(self, before: ir.Node, value: ir.Value, axes: Sequence[int]) -> ir.Value:
+        """Adds an Unsqueeze."""
+        return self._axes(before, "Unsqueeze", value, axes)
+
+    def _axes(
+        self, before: ir.Node, op_type: str, value: ir.Value, axes: Sequence[int]
+    ) -> ir.Value:
+        if self.opset >= 13:
+            return self.one(before, op_type, [value, self.ints(before, axes)])
+        return self.one(before, op_type, [value], axes=list(axes))
+
+    def slice(
+        self, before: ir.Node, value: ir.Value, axis: int, start: int, end: int, step: int = 1
+    ) -> ir.Value:
+        """Adds a Slice along one axis; a reversal needs opset 10."""
+        if self.opset < 10:
+            return self.one(before, "Slice", [value], axes=[axis], starts=[start], ends=[end])
+        inputs = [value, self.ints(before, [start]), self.ints(before, [end]), self.ints(before, [axis])]
+        return self.one(before, "Slice", [*inputs, self.ints(before, [step])] if step != 1 else inputs)
+
+    def reverse(self, before: ir.Node, value: ir.Value) -> ir.Value:
+        """Adds the reversal of the first axis."""
+        return self.slice(before, value, 0, -1, _INT64_MIN, -1)
+
+    def replace(self, old: ir.Value, new: ir.Value) -> None:
+        """Lets every reader of a value read another; graph outputs keep their names."""
+        users = tuple(old.uses())
+        if new.shape is None:
+            new.shape = old.shape
+        if old.type is not None:
+            new.type = old.type
+        graph = old.graph
+        if old.is_graph_output() and graph is not None:
+            name = old.name
+            if new.is_graph_output() or new.is_graph_input() or new.producer() is None:
+                node = next(iter(reversed(list(graph)))) if len(graph) else None
+                assert node is not None
+                new = self.one(node, "Identity", [new])
+                new.type, new.shape = old.type, old.shape
+            old.name = self.unique(f"{name}/lifted")
+            new.name = name
+            for k, output in enumerate(graph.outputs):
+                if output is old:
+                    graph.outputs[k] = new
+        for user, position in users:
+            user.replace_input_with(position, new)
+        self._replaced[id(old)] = (old, new)
+
+    @staticmethod
+    def clean(values: Sequence[ir.Value]) -> None:
+        """Removes what nothing reads any more, from these values backwards."""
+        pending = list(values)
+        while pending:
+            value = pending.pop()
+            node = value.producer()
+            if value.uses() or value.is_graph_output():
+                continue
+            if value.is_initializer() and value.graph is not None and value.name:
+                if not value.is_graph_input():
+                    value.graph.initializers.pop(value.name, None)
+            elif node is not None and node.graph is not None:
+                if any(o.uses() or o.is_graph_output() for o in node.outputs):
+                    continue
+                sources = [v for v in node.inputs if v is not None]
+                for attribute in node.attributes.values():
+                    if attribute.type == ir.AttributeType.GRAPH:
+                        for inner in attribute.as_graph().all_nodes():
+                            sources.extend(v for v in inner.inputs if v is not None)
+                            for k in range(len(inner.inputs)):
+                                inner.replace_input_with(k, None)
+                node.graph.remove(node, safe=True)
+                pending.extend(sources)
+
+
+def _digest(array: Array) -> bytes:
+    import hashlib
+
+    return hashlib.sha256(np.ascontiguousarray(array).view(np.uint8).data).digest()
+
+
+def is_flag(value: ir.Value) -> bool:
+    """Tells whether a value is a boolean made a number."""
+    node = value.producer()
+    source = node.inputs[0] if node is not None and node.op_type == "Cast" else None
+    return source is not None and source.dtype == ir.DataType.BOOL
+
+
+def static(value: ir.Value, axis: int) -> int | None:
+    """Returns the size of an axis where the file states or implies it."""
+    if value.shape is None or not -len(value.shape) <= axis < len(value.shape):
+        return None
+    size = value.shape[axis]
+    return size if isinstance(size, int) else None
+
+
+def known_rank(value: ir.Value) -> int:
+    """Returns the number of dimensions of a value that is known to have some."""
+    found = rank(value)
+    assert found is not None
+    return found
+
+
+_PARTS = frozenset(
+    {"Slice", "Gather", "Split", "Squeeze", "Unsqueeze", "Reshape", "Transpose", "Identity"}
+)
+_CHOOSING = frozenset({"Where", "Mul", "Add"})

@@ -1,0 +1,363 @@
+"""How values are laid out: axes of size 1, dimensions as symbols, reversed sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+
+import onnx_ir as ir
+
+from rnnprune_cli.graph import Folder, Walker
+from rnnprune_cli.model import Array
+
+Linear = Mapping[Hashable, int]
+"""An integer as a sum of symbols times factors; the key :data:`ONE` holds the constant."""
+
+ONE = "1"
+
+MAX_INT32 = 2**31 - 1
+
+
+def rank(value: ir.Value) -> int | None:
+    """Returns the number of dimensions of a value, where it is known."""
+    return None if value.shape is None else len(value.shape)
+
+
+def last_dimension(value: ir.Value) -> int | None:
+    """Returns the size of the last axis, where it is known."""
+    if value.shape is None or not len(value.shape):
+        return None
+    last = value.shape[-1]
+    return last if isinstance(last, int) else None
+
+
+def is_float(value: ir.Value) -> bool:
+    """Tells whether a value is known to hold floating-point numbers."""
+    return value.dtype is not None and value.dtype.is_floating_point()
+
+
+def is_last_axis(node: ir.Node, value: ir.Value, default: int | None = None) -> bool:
+    """Tells whether the ``axis`` of a node is the last one of a value."""
+    axis = node.attributes.get_int("axis", default)
+    ndim = rank(value)
+    return axis == -1 or (ndim is not None and axis == ndim - 1)
+
+
+def number(value: int) -> Linear:
+    """Returns a constant."""
+    return {ONE: value} if value else {}
+
+
+def combined(one: Linear, other: Linear, factor: int = 1) -> Linear:
+    """Returns ``one + factor · other``."""
+    total = dict(one)
+    for symbol, times in other.items():
+        total[symbol] = total.get(symbol, 0) + factor * times
+    return {symbol: times for symbol, times in total.items() if times}
+
+
+class Layout:
+    """Answers questions about the shapes of a model's values.
+
+    Args:
+        walker: The model, with shapes inferred.
+        folder: Evaluates its constants.
+    """
+
+    def __init__(self, walker: Walker, folder: Folder) -> None:
+        self._walker = walker
+        self._folder = folder
+        self._sizes: dict[tuple[int, int], Linear | None] = {}
+
+    def origin(self, value: ir.Value) -> ir.Value:
+        """Returns where a value is made."""
+        return self._walker.origin(value, ())[0]
+
+    def constant(self, value: ir.Value | None) -> Array | None:
+        """Returns the value of a constant, or None."""
+        if value is None:
+            return None
+        folded = self._folder.fold(value, ())
+        return None if isinstance(folded, str) else folded
+
+    def constant_ints(self, value: ir.Value | None) -> list[int] | None:
+        """Returns the elements of an integer constant, or of what depends on fixed sizes only."""
+        found = None if value is None else self.integers(value)
+        if found is None or any(set(k) - {ONE} for k in found):
+            return None
+        return [k.get(ONE, 0) for k in found]
+
+    def slice_bounds(self, node: ir.Node) -> dict[int, tuple[int, int, int]] | None:
+        """Returns axis → (start, end, step) of a Slice with constant bounds."""
+        if node.attributes.get("starts") is not None:
+            lists = [
+                list(found) if (found := node.attributes.get_ints(name, None)) is not None else None
+                for name in ("starts", "ends", "axes")
+            ]
+        else:
+            lists = [self.constant_ints(v) for v in node.inputs[1:]]
+            given = [v is not None for v in node.inputs[1:]]
+            if any(found is None and g for found, g in zip(lists, given, strict=True)):
+                return None
+        lists += [None] * (4 - len(lists))
+        starts, ends, axes, steps = lists
+        if starts is None or ends is None:
+            return None
+        axes = list(range(len(starts))) if axes is None else axes
+        steps = [1] * len(starts) if steps is None else steps
+        return dict(zip(axes, zip(starts, ends, steps, strict=True), strict=True))
+
+    def axes(self, node: ir.Node, ndim: int | None) -> list[int] | None:
+        """Returns the axes of a Squeeze, Unsqueeze or reduction, not negative."""
+        axes = node.attributes.get_ints("axes", None)
+        if axes is None and len(node.inputs) > 1:
+            axes = self.constant_ints(node.inputs[1])
+        if axes is None or ndim is None:
+            return None
+        return [int(a) % ndim for a in axes]
+
+    def bare(self, value: ir.Value) -> ir.Value:
+        """Returns the value that holds the same rows, before axes of size 1 came and went."""
+        while True:
+            value = self.origin(value)
+            node = value.producer()
+            if node is None or node.domain not in ("", "ai.onnx"):
+                return value
+            source = node.inputs[0] if node.inputs else None
+            if source is None or not self._keeps_rows(node, source, value):
+                return value
+            value = source
+
+    def _keeps_rows(self, node: ir.Node, source: ir.Value, value: ir.Value) -> bool:
+        if node.op_type == "Concat":
+            return len(node.inputs) == 1
+        if node.op_type == "Split":
+            return len(node.outputs) == 1
+        ndim = rank(value) if node.op_type == "Unsqueeze" else rank(source)
+        if node.op_type in ("Squeeze", "Unsqueeze"):
+            axes = self.axes(node, ndim)
+            return axes is not None and ndim is not None and ndim - 1 not in axes
+        if node.op_type == "Transpose" and source.shape is not None:
+            order = list(node.attributes.get_ints("perm", None) or ())
+            moved = [a for a in order if source.shape[a] != 1]
+            return len(order) == ndim and moved == sorted(moved) and order[-1] == len(order) - 1
+        if node.op_type == "Reshape" and source.shape is not None and value.shape is not None:
+            kept = [[d for d in v.shape or () if d != 1] for v in (source, value)]
+            known = all(isinstance(d, int) for d in kept[1][1:]) and len(kept[0]) == len(kept[1])
+            return known and kept[0][1:] == kept[1][1:] and source.shape[-1] == value.shape[-1]
+        return False
+
+    # Dimensions
+
+    def dimension(self, value: ir.Value, axis: int) -> Linear | None:
+        """Returns the size of an axis as a number or symbol; equal symbols are equal sizes."""
+        value = self.origin(value)
+        ndim = rank(value)
+        if ndim is None or not -ndim <= axis < ndim:
+            return None
+        place = (id(value), axis % ndim)
+        if place not in self._sizes:
+            self._sizes[place] = {("axis", *place): 1}  # stands while it is worked out
+            self._sizes[place] = self._dimension(value, axis % ndim)
+        return self._sizes[place]
+
+    def _dimension(self, value: ir.Value, axis: int) -> Linear | None:
+        while True:
+            value = self.origin(value)
+            ndim = rank(value)
+            if ndim is None or value.shape is None:
+                return None
+            size = value.shape[axis]
+            if isinstance(size, int):
+                return number(size)
+            node = value.producer()
+            if node is None:
+                name = size.value if isinstance(size, ir.SymbolicDim) else None
+                if name and value.graph is self._walker.model.graph:
+                    return {("dimension", name): 1}
+                return {("axis", id(value), axis): 1}
+            step = self._dimension_before(node, axis, ndim)
+            if step is None:
+                return {("axis", id(value), axis): 1}
+            value, axis = step
+
+    def _dimension_before(self, node: ir.Node, axis: int, ndim: int) -> tuple[ir.Value, int] | None:
+        """Returns the value and axis that an output's axis has its size from."""
+        source = node.inputs[0] if node.inputs else None
+        if source is None:
+            return None
+        if node.op_type == "Transpose":
+            order = node.attributes.get_ints("perm", None) or range(ndim)[::-1]
+            return source, list(order)[axis]
+        if node.op_type in _SAME_SHAPE:
+            return source, axis
+        if node.op_type in ("MatMul", "Gemm") and axis == 0 and ndim > 1 and rank(source) == ndim:
+            return None if node.attributes.get_int("transA", 0) else (source, axis)
+        if node.op_type == "MatMul" and axis < ndim - 1 and rank(source) == ndim:
+            other = node.inputs[1]
+            return (source, axis) if other is not None and rank(other) == 2 else None
+        if node.op_type in _BROADCASTING:
+            sizes: list[tuple[ir.Value, int, Linear | None]] = []
+            for operand in filter(None, node.inputs):
+                own = (rank(operand) or 0) - ndim + axis
+                if own >= 0 and operand.shape is not None and operand.shape[own] != 1:
+                    sizes.append((operand, own, self.dimension(operand, own)))
+            if not sizes or any(size != sizes[0][2] for _, _, size in sizes):
+                return None
+            return sizes[0][0], sizes[0][1]
+        if node.op_type in _REDUCTIONS and rank(source) == ndim:
+            axes = self.axes(node, ndim)
+            return None if axes is None or axis in axes else (source, axis)
+        if node.op_type == "Unsqueeze":
+            axes = self.axes(node, ndim)
+            if axes is None or axis in axes:
+                return None
+            return source, axis - sum(a < axis for a in axes)
+        if node.op_type == "Squeeze":
+            axes = self.axes(node, rank(source))
+            if axes is None:
+                return None
+            left = [a for a in range(rank(source) or 0) if a not in axes]
+            return source, left[axis]
+        if node.op_type == "Gather" and len(node.inputs) == 2:  # an Embedding
+            table, index = node.inputs
+            if table is not None and index is not None and rank(table) == 2:
+                first = node.attributes.get_int("axis", 0) == 0
+                return (index, axis) if first and axis < ndim - 1 else None
+        return None
+
+    def integers(
+        self, value: ir.Value, known: Mapping[int, Linear] | None = None
+    ) -> list[Linear] | None:
+        """Returns the elements of a small integer tensor as sums of symbols.
+
+        Args:
+            value: A scalar or a vector, such as what Shape gives and what is made of it.
+            known: ``id`` of a value → what it holds, such as the number of the iteration.
+        """
+        value = self.origin(value)
+        if known and id(value) in known:
+            return [known[id(value)]]
+        array = self.constant(value)
+        if array is not None:
+            if array.size > 64 or array.dtype.kind not in "iuf" or (array != array.round()).any():
+                return None
+            return [number(int(k)) for k in array.reshape(-1)]
+        node = value.producer()
+        found = None if node is None else self._integers_of(node, known)
+        if found is None and (rank(value) == 0 or (value.shape is not None and value.shape == [1])):
+            return [{("value", id(value)): 1}]
+        return found
+
+    def _integers_of(self, node: ir.Node, known: Mapping[int, Linear] | None) -> list[Linear] | None:
+        if node.op_type == "Shape" and node.inputs[0] is not None:
+            ndim = rank(node.inputs[0])
+            if ndim is None:
+                return None
+            axes = range(ndim)[
+                node.attributes.get_int("start", 0) : node.attributes.get_int("end", None)
+            ]
+            sizes = [self.dimension(node.inputs[0], axis) for axis in axes]
+            return [s for s in sizes if s is not None] if None not in sizes else None
+        if node.op_type not in ("Add", "Sub", "Mul", "Div", "Concat", "Gather", "Slice", *_SAME_INTEGERS):
+            return None
+        given = [None if v is None else self.integers(v, known) for v in node.inputs]
+        first = given[0]
+        if first is None:
+            return None
+        if node.op_type in _SAME_INTEGERS:
+            return first
+        if node.op_type == "Concat":
+            return [k for part in given for k in part] if None not in given else None  # type: ignore[union-attr]
+        second = given[1] if len(given) > 1 else None
+        if node.op_type == "Gather":
+            picked = self.constant_ints(node.inputs[1])
+            inside = picked is not None and all(-len(first) <= k < len(first) for k in picked)
+            return [first[k] for k in picked] if inside and picked is not None else None
+        if node.op_type == "Slice":
+            bounds = self.slice_bounds(node)
+            return first[slice(*bounds[0])] if bounds is not None and set(bounds) == {0} else None
+        if second is None or len(first) != 1 or len(second) != 1:
+            return None
+        if node.op_type == "Div":
+            numbers = [part.get(ONE, 0) for part in (first[0], second[0])]
+            known_only = not (set(first[0]) | set(second[0])) - {ONE} and min(numbers) >= 0 < numbers[1]
+            return [number(numbers[0] // numbers[1])] if known_only else None
+        if node.op_type == "Mul":
+            one, other = first[0], second[0]
+            if set(one) <= {ONE}:
+                one, other = other, one
+            return [combined({}, one, other.get(ONE, 0))] if set(other) <= {ONE} else None
+        return [combined(first[0], second[0], 1 if node.op_type == "Add" else -1)]
+
+    # Sequences
+
+    def reversed_from(self, value: ir.Value, time_axis: int) -> ir.Value | None:
+        """Returns what a value is the full reversal of, along an axis; None if it is none."""
+        value = self.origin(value)
+        node = value.producer()
+        source = node.inputs[0] if node is not None and node.inputs else None
+        ndim = rank(value)
+        if node is None or source is None or ndim is None:
+            return None
+        if node.op_type == "Slice":
+            bounds = self.slice_bounds(node)
+            if bounds is None or len(bounds) != 1:
+                return None
+            ((axis, (start, end, step)),) = bounds.items()
+            size = self.dimension(source, time_axis) or {}
+            whole = start == -1 or start >= MAX_INT32 or number(start) == combined(size, {ONE: -1})
+            return source if axis % ndim == time_axis and step == -1 and whole and (
+                end < -MAX_INT32
+            ) else None
+        if node.op_type == "ReverseSequence" and len(node.inputs) == 2:
+            if node.attributes.get_int("time_axis", 0) != time_axis or node.inputs[1] is None:
+                return None
+            lengths = self._all_elements(node.inputs[1])
+            size_now = self.dimension(source, time_axis)
+            return source if lengths is not None and lengths == size_now else None
+        return None
+
+    def _all_elements(self, value: ir.Value) -> Linear | None:
+        """Returns the number that all elements of a vector are."""
+        value = self.origin(value)
+        array = self.constant(value)
+        if array is not None and array.size and (array == array.reshape(-1)[0]).all():
+            return number(int(array.reshape(-1)[0]))
+        node = value.producer()
+        if node is not None and node.op_type in ("Cast", "Expand", "Tile", "Reshape"):
+            source = node.inputs[0]
+            return None if source is None else self._all_elements(source)
+        found = self.integers(value)
+        return found[0] if found is not None and all(k == found[0] for k in found) else None
+
+    def is_zero(self, value: ir.Value) -> bool:
+        """Tells whether all elements of a value are zero, whatever its shape."""
+        while True:
+            value = self.origin(value)
+            array = self.constant(value)
+            if array is not None:
+                return not array.any()
+            node = value.producer()
+            if node is None:
+                return False
+            if node.op_type == "ConstantOfShape":
+                fill = node.attributes.get_tensor("value", None)
+                return fill is None or not fill.numpy().any()
+            if node.op_type not in _MOVING or node.inputs[0] is None:
+                return False
+            value = node.inputs[0]
+
+
+_SAME_SHAPE = frozenset(
+    {"Cast", "Not", "ReverseSequence", "Relu", "Sigmoid", "Tanh", "Dropout", "Abs", "Neg", "Sqrt"}
+    | {"LayerNormalization", "Clip", "Softmax", "Exp", "Erf", "Elu", "LeakyRelu", "Softplus"}
+)
+_BROADCASTING = frozenset(
+    {"Add", "Sub", "Mul", "Div", "Where", "Greater", "Less", "Equal", "And", "Or", "Min", "Max"}
+)
+_REDUCTIONS = frozenset({"ReduceSum", "ReduceMax", "ReduceMin", "ReduceMean"})
+_SAME_INTEGERS = frozenset({"Cast", "Squeeze", "Unsqueeze", "Reshape", "Identity"})
+_MOVING = frozenset(
+    {"Expand", "Tile", "Cast", "Squeeze", "Unsqueeze", "Reshape", "Transpose", "Slice", "Gather"}
+    | {"Split", "Flatten"}
+)
