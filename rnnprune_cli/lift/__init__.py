@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import onnx
 import onnx_ir as ir
 
 from rnnprune_cli.graph import subgraphs
-from rnnprune_cli.lift import cell, loop
+from rnnprune_cli.lift import cell, chain, loop, shapes
 from rnnprune_cli.lift.context import Context
 from rnnprune_cli.model import Skipped
 from rnnprune_cli.onnx_file import deserialize, graphs
@@ -69,6 +68,7 @@ def attempt(
     state = _State(proto, path, file_bytes, right_padding, without)
     state.cells()
     state.loops()
+    state.chains()
     return Attempt(state.proto, tuple(state.lifts), tuple(state.declined.values()))
 
 
@@ -97,7 +97,9 @@ class _State:
                 proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
             except Exception:  # noqa: BLE001, S110  it raises unrelated types on odd models
                 pass
-        return Context(deserialize(proto, self._path), self._bytes)
+        model = deserialize(proto, self._path)
+        shapes.complete(model)
+        return Context(model, self._bytes)
 
     def _keep(self, context: Context) -> None:
         """Takes over a changed model."""
@@ -152,6 +154,27 @@ class _State:
                     continue
                 self.lifts += [Lift(n.name, "loop", n.op_type, name) for n in made]
                 self._keep(context)
+                break
+            else:
+                return
+
+
+    def chains(self) -> None:
+        done: set[str] = set()
+        while True:
+            context = self._context()
+            for graph in _all_graphs(context.model):
+                for found in chain.find_chains(graph, context):
+                    name = found[0].name or ""
+                    if name in done or name in self._without:
+                        continue
+                    done.add(name)
+                    made = chain.lift_chain(found, context, context.unique(f"{name}/steps"))
+                    self.lifts.append(Lift(made.name, "chain", made.op_type, name))
+                    self._keep(context)
+                    break
+                else:
+                    continue
                 break
             else:
                 return

@@ -244,6 +244,11 @@ class Algebra:
                 self._known[id(value)] = found
         return self._known[id(value)]
 
+    def settle(self, value: ir.Value) -> None:
+        """Lets what is made of a value take it as it is: a new state is where a cell ends."""
+        value = self._layout.origin(value)
+        self._known[id(value)] = self.leaf(value)
+
     def leaf(self, value: ir.Value) -> Expression | None:
         """Returns a value as it is."""
         width = last_dimension(value)
@@ -262,15 +267,20 @@ class Algebra:
         rule = _RULES.get(node.op_type)
         if rule is not None:
             return rule(self, node, value)
+        if node.op_type in ("ConstantOfShape", "Expand", "Tile") and is_float(value):
+            fill = self._layout.fill(value)
+            return None if fill is None else constant(np.full(1, fill))
         if node.op_type in _PARAMETERS:
             return self._activation(node)
         return None
 
     @staticmethod
     def _coefficients(array: Array) -> Expression | None:
-        if array.dtype.kind != "f" or array.size != (array.shape[-1] if array.ndim else 1):
+        """A constant whose rows are all equal; another one is a leaf."""
+        if array.dtype.kind != "f" or not array.size:
             return None
-        return constant(array.reshape(-1))
+        rows = array.reshape(-1, array.shape[-1] if array.ndim else 1)
+        return constant(rows[0]) if (rows == rows[0]).all() else None
 
     def _operands(self, node: ir.Node) -> list[Expression]:
         found = [None if v is None else self.of(v) for v in node.inputs]
@@ -327,8 +337,7 @@ class Algebra:
     def _div(self, node: ir.Node, _: ir.Value) -> Expression | None:
         divisor = self._layout.constant(node.inputs[1])
         dividend = self.of(node.inputs[0]) if node.inputs[0] is not None else None
-        by = None if divisor is None else self._coefficients(divisor)
-        if dividend is None or by is None or divisor is None or not divisor.all():
+        if dividend is None or divisor is None or divisor.ndim > 1 or not divisor.all():
             return None
         return dividend.scaled(1 / divisor.reshape(-1).astype(np.float64))
 
@@ -378,18 +387,35 @@ class Algebra:
         value = self._layout.origin(value)
         node = value.producer()
         if node is not None and node.op_type == "Concat" and is_last_axis(node, value):
-            total, row = None, 0
+            total, start = None, 0
             for part in node.inputs:
                 width = None if part is None else last_dimension(part)
                 if part is None or width is None:
                     return None
-                found = self._product(part, matrix[row : row + width])
+                found = self._product(part, matrix[start : start + width])
                 if found is None:
                     return None
-                total, row = found if total is None else total.plus(found), row + width
-            return total if row == matrix.shape[0] else None
-        term = Term(np.ones(1), (Product(value, matrix),))
+                total, start = found if total is None else total.plus(found), start + width
+            return total if start == matrix.shape[0] else None
+        row = self.of(value)
+        if row is not None and row.degree == 0:
+            coefficient = row.terms[()].coefficient if row.terms else np.zeros(1)
+            return constant(np.broadcast_to(coefficient, matrix.shape[0]) @ matrix)
+        term = Term(np.ones(1), (Product(self._unscaled(value), matrix),))
         return _collect(matrix.shape[1], [term])
+
+    def _unscaled(self, value: ir.Value) -> ir.Value:
+        """Returns what a value is a copy of: what dropout leaves at inference."""
+        node = value.producer()
+        found = self.of(value) if node is not None and node.op_type in ("Mul", "Add") else None
+        if found is None or len(found.terms) != 1:
+            return value
+        (term,) = found.terms.values()
+        whole = len(term.factors) == 1 and isinstance(term.factors[0], Leaf)
+        leaf = term.factors[0] if whole else None
+        if not isinstance(leaf, Leaf) or leaf.start or (term.coefficient != 1).any():
+            return value
+        return leaf.value if last_dimension(leaf.value) == leaf.width else value
 
     def _split(self, node: ir.Node, value: ir.Value) -> Expression | None:
         source = node.inputs[0]

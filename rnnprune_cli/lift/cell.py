@@ -62,6 +62,9 @@ class Gate:
         )
 
 
+NO_GATE = Gate({}, {}, np.zeros(1), {})
+
+
 def gate(expression: Expression) -> Gate:
     """Takes a sum apart."""
     found = Gate({}, {}, np.zeros(1), {})
@@ -93,6 +96,7 @@ class Form:
             None where the reset gate multiplies the state itself.
         reset_state: GRU: the value ``r ∘ h``.
         output_peephole: LSTM: coefficients of the new cell state in the output gate.
+        from_zero: The state before is zero, and what it is multiplied with is gone.
     """
 
     op: Op
@@ -105,19 +109,22 @@ class Form:
     recurrent: Gate | None = None
     reset_state: ir.Value | None = None
     output_peephole: Array | None = None
+    from_zero: bool = False
 
 
 def recognise(value: ir.Value, context: Context) -> Form | None:
     """Returns the cell whose new hidden state a value is, if it is one."""
     expression = context.algebra.of(value)
-    if expression is None or not expression.terms or expression.width < 1:
+    if expression is None or not expression.terms:
         return None
     degrees = sorted(len(term.factors) for term in expression.terms.values())
     if degrees == [2]:
         return _lstm(expression)
     if degrees == [1, 2, 2]:
         return _gru(expression, context)
-    if degrees == [1]:
+    if degrees == [1, 2]:
+        return _gru_from_zero(expression)
+    if degrees and degrees[-1] == 1:
         return _rnn(expression)
     return None
 
@@ -136,15 +143,15 @@ def _lstm(expression: Expression) -> Form | None:
             continue
         forget, cell, pair = products
         same = [k for k in (0, 1) if pair[k].function == o.function]
-        if forget.function != o.function or not same:
+        if (forget is not None and forget.function != o.function) or not same:
             continue
         i, g = pair[same[0]], pair[1 - same[0]]
         output = gate(o.argument)
         peephole = _multiple(output.rest, out.argument)
         if output.rest and peephole is None:
             continue
-        gates = (gate(i.argument), replace(output, rest={}), gate(forget.argument))
-        gates = (*gates, gate(g.argument))
+        f = NO_GATE if forget is None else gate(forget.argument)
+        gates = (gate(i.argument), replace(output, rest={}), f, gate(g.argument))
         if any(each.rest for each in gates):
             continue
         functions = (o.function, g.function, out.function)
@@ -156,15 +163,20 @@ def _lstm(expression: Expression) -> Form | None:
             cell=cell,
             cell_next=out.source,
             output_peephole=peephole,
+            from_zero=cell is None,
         )
     return None
 
 
 def _cell_update(
     expression: Expression,
-) -> tuple[Activation, ir.Value, tuple[Activation, Activation]] | None:
-    """Returns f, c and (i, g) of ``f ∘ c + i ∘ g``."""
+) -> tuple[Activation | None, ir.Value | None, tuple[Activation, Activation]] | None:
+    """Returns f, c and (i, g) of ``f ∘ c + i ∘ g``; no f and c where there is only ``i ∘ g``."""
     terms = list(expression.terms.values())
+    if len(terms) == 1 and len(terms[0].factors) == 2 and terms[0].is_one():
+        one, other = terms[0].factors
+        if isinstance(one, Activation) and isinstance(other, Activation):
+            return None, None, (one, other)
     if len(terms) != 2 or not all(len(t.factors) == 2 and t.is_one() for t in terms):
         return None
     for kept, new in (terms, terms[::-1]):
@@ -231,6 +243,25 @@ def _gru(expression: Expression, context: Context) -> Form | None:
     return _reset_before(form, update, candidate, context)
 
 
+def _gru_from_zero(expression: Expression) -> Form | None:
+    """``h' = (1 - z) ∘ n``, or with 1 - z in place of z."""
+    (alone,) = (t for t in expression.terms.values() if len(t.factors) == 1)
+    (pair,) = (t for t in expression.terms.values() if len(t.factors) == 2)
+    new = alone.factors[0]
+    z = next((f for f in pair.factors if f.key != new.key), None)
+    if not (alone.is_one() and pair.is_one(-1) and new.key in _keys(pair)):
+        return None
+    if not isinstance(z, Activation) or not isinstance(new, Activation):
+        return None
+    update, candidate = gate(z.argument), gate(new.argument)
+    form = Form("GRU", (), (z.function, new.function), expression.width, from_zero=True)
+    if update.rest:
+        return None
+    if candidate.rest:
+        return _reset_after(form, update, candidate)
+    return replace(form, gates=(update, NO_GATE, candidate))
+
+
 def _keys(term: Term) -> list[Key]:
     return [factor.key for factor in term.factors]
 
@@ -252,7 +283,7 @@ def _reset_after(form: Form, update: Gate, candidate: Gate) -> Form | None:
             products[others[0].key] = Term(term.coefficient, (others[0],))
         else:
             return None
-    if len(resets) != 1 or not products:
+    if len(resets) != 1 or not (products or form.from_zero):
         return None
     (reset,) = resets.values()
     r = gate(reset.argument)
@@ -290,12 +321,17 @@ def _reset_before(form: Form, update: Gate, candidate: Gate, context: Context) -
 
 def _rnn(expression: Expression) -> Form | None:
     """``h' = f(x · W + h · R + b)``."""
-    (term,) = expression.terms.values()
-    (factor,) = term.factors
+    terms = list(expression.terms.values())
+    if len(terms) > 1 or not isinstance(terms[0].factors[0], Activation):
+        only = gate(expression)
+        if only.rest or len(only.products) < 1 or len(only.products) + len(only.columns) < 2:
+            return None
+        return Form("RNN", (only,), (Function("Affine", 1.0, 0.0),), expression.width)
+    (term,), (factor,) = terms, terms[0].factors
     if not isinstance(factor, Activation) or not term.is_one():
         return None
     only = gate(factor.argument)
-    if only.rest or not only.products:
+    if only.rest or not (only.products or only.columns):
         return None
     return Form("RNN", (only,), (factor.function,), expression.width)
 
@@ -322,6 +358,7 @@ class Cell:
         r: ``[1, gates · hidden, hidden]``.
         b: ``[1, 2 · gates · hidden]``.
         p: LSTM: ``[1, 3 · hidden]`` peepholes, or None.
+        kernel: See :func:`kernel`.
     """
 
     op: Op
@@ -329,7 +366,7 @@ class Cell:
     functions: tuple[Function, ...]
     linear_before_reset: bool
     x: tuple[ir.Value, ...]
-    h: ir.Value
+    h: ir.Value | None
     c: ir.Value | None
     h_next: ir.Value
     c_next: ir.Value | None
@@ -337,6 +374,7 @@ class Cell:
     r: Array
     b: Array
     p: Array | None
+    kernel: frozenset[Key]
 
 
 def split_state(form: Form, h_next: ir.Value, context: Context, earlier: Earlier) -> Cell | str:
@@ -348,11 +386,12 @@ def split_state(form: Form, h_next: ir.Value, context: Context, earlier: Earlier
     bases = _bases(form, context)
     hidden = form.hidden
     state = form.state
-    if state is None:
-        state = _state(form, h_next, bases, context, earlier)
-        if isinstance(state, str):
-            return state
-    key = id(context.layout.bare(state))
+    if state is None and not form.from_zero:
+        found = _state(form, h_next, bases, context, earlier)
+        if isinstance(found, str):
+            return found
+        state = found
+    key = 0 if state is None else id(context.layout.bare(state))
     inputs = [v for k, v in bases.items() if k != key]
     if not inputs:
         return "it has no input besides its state"
@@ -380,14 +419,15 @@ def split_state(form: Form, h_next: ir.Value, context: Context, earlier: Earlier
                 return "its candidate reads the state past the reset gate"
             key_r = id(context.layout.bare(form.reset_state))
             recurrent = gathered.pop(key_r, None)
-        elif last:
-            assert form.recurrent is not None
+        elif last and form.recurrent is not None:
             if key in gathered:
                 return "its candidate reads the state past the reset gate"
             inner = _gather(form.recurrent, context)
             recurrent = inner.pop(key, None)
             if inner:
                 return "its reset gate multiplies more than the state"
+        elif form.from_zero:
+            recurrent = None
         else:
             recurrent = gathered.pop(key, None)
         parts = []
@@ -410,7 +450,7 @@ def split_state(form: Form, h_next: ir.Value, context: Context, earlier: Earlier
         bias_w.append(np.broadcast_to(each.bias, hidden))
         inside = form.recurrent.bias if last and form.recurrent is not None else np.zeros(1)
         bias_r.append(np.broadcast_to(inside, hidden))
-    if not any(block.any() for block in blocks_r):
+    if not form.from_zero and not any(block.any() for block in blocks_r):
         return "its state does not enter its gates"
     p = None
     if form.op == "LSTM":
@@ -434,6 +474,7 @@ def split_state(form: Form, h_next: ir.Value, context: Context, earlier: Earlier
         np.ascontiguousarray(np.concatenate(blocks_r)[None], np.float32),
         np.concatenate([*bias_w, *bias_r])[None].astype(np.float32),
         p,
+        kernel(form),
     )
 
 
@@ -499,10 +540,12 @@ def _diagonal(matrix: Array, hidden: int) -> Array | None:
 class Earlier:
     """Candidates that come before in the same graph: how an unrolled chain shows."""
 
-    h_next: dict[int, tuple[Form, frozenset[Key]]]
-    """id of a new state → its form and :func:`kernel`."""
+    h_next: dict[int, tuple[Form, frozenset[Key], ir.Value]]
+    """id of a new state → its form, :func:`kernel`, and itself."""
     c_next: dict[int, ir.Value]
     """id of a new cell state → the hidden state of the same step."""
+    certain: set[int]
+    """id of every form whose result a later step of the same weights reads as its state."""
 
 
 def kernel(form: Form) -> frozenset[Key]:
@@ -525,12 +568,18 @@ def _state(
         if before is not None and id(before) in wide:
             return wide[id(before)]
     own = kernel(form)
-    for key, value in wide.items():
-        if key in earlier.h_next and earlier.h_next[key][1] == own:
+    for key, value in () if form.functions[0].name == "Affine" else wide.items():
+        before_form = earlier.h_next.get(key)
+        if before_form is not None and before_form[1] == own:
+            return value
+    for key, value in () if form.functions[0].name == "Affine" else wide.items():
+        # The first step of a chain lacks the product with a state that is zero.
+        before_form = earlier.h_next.get(key)
+        if before_form is not None and before_form[0].op == form.op and before_form[1] < own:
             return value
     scores = {k: context.likeness(v, form.cell, h_next) for k, v in wide.items()}
     best = max(reversed(scores), key=lambda k: scores[k])  # of equals the later: x first, then h
-    if form.op == "RNN" and scores[best] < context.SURE:
+    if form.op == "RNN" and scores[best] < context.SURE and id(form) not in earlier.certain:
         return "nothing shows which of its inputs is a state"
     return wide[best]
 
@@ -546,7 +595,7 @@ def find_cells(graph: ir.Graph, context: Context) -> tuple[list[Cell], dict[str,
     """
     cells: list[Cell] = []
     declined: dict[str, str] = {}
-    earlier = Earlier({}, {})
+    earlier = Earlier({}, {}, set())
     for node in graph:
         if node.domain not in ("", "ai.onnx") or node.op_type not in _CLOSING:
             continue
@@ -555,19 +604,93 @@ def find_cells(graph: ir.Graph, context: Context) -> tuple[list[Cell], dict[str,
         if form is None:
             continue
         bare = context.layout.bare(value)
-        earlier.h_next[id(bare)] = (form, kernel(form))
+        earlier.h_next[id(bare)] = (form, kernel(form), value)
         if form.cell_next is not None:
             earlier.c_next[id(context.layout.bare(form.cell_next))] = bare
+        if form.op == "LSTM" or (form.op == "GRU" and (not form.from_zero or _is_multiplied(value))):
+            context.algebra.settle(value)
+            if form.cell_next is not None:
+                context.algebra.settle(form.cell_next)
+        if form.from_zero:
+            continue  # it is a cell if the next step is one
         found = split_state(form, value, context, earlier)
         if isinstance(found, Cell):
-            found_or_reason = _fits(found, context)
-            if found_or_reason is None:
+            reason = _fits(found, context)
+            if reason is None:
                 cells.append(found)
+                earlier.certain.add(id(form))
+                first = _first_step(found, context, earlier)
+                if first is not None:
+                    cells.append(first)
                 continue
-            found = found_or_reason
+            found = reason
         if form.op != "RNN":
             declined[node.name or value.name or node.op_type] = found
-    return cells, declined
+    inside = {
+        name
+        for each in cells
+        if each.op != "RNN"
+        for node_proto in _between(each, context)[0]
+        for name in node_proto.output
+    }
+    # A gate alone has the form of an RNN.
+    return [c for c in cells if c.op != "RNN" or c.h_next.name not in inside], declined
+
+
+def _is_multiplied(value: ir.Value) -> bool:
+    """Tells whether a matrix is applied to a value: ``(1 - z) ∘ n`` alone is no new state."""
+    pending = [value]
+    while pending:
+        for user in pending.pop().consumers():
+            if user.op_type in ("MatMul", "Gemm"):
+                return True
+            if user.op_type in ("Squeeze", "Unsqueeze", "Identity", "Reshape"):
+                pending.append(user.outputs[0])
+    return False
+
+
+def _first_step(cell: Cell, context: Context, earlier: Earlier) -> Cell | None:
+    """Returns the cell whose new state is another's old one, if its own old state is zero.
+
+    What is multiplied with zero may be gone; the other cell has those weights.
+    """
+    assert cell.h is not None
+    known = earlier.h_next.get(id(context.layout.bare(cell.h)))
+    if known is None:
+        return None
+    form, own, value = known
+    if form.op == "RNN" == cell.op:
+        if own == cell.kernel:
+            if id(form) in earlier.certain:
+                return None  # it is a cell already
+            earlier.certain.add(id(form))
+            before = split_state(form, value, context, earlier)
+            return before if isinstance(before, Cell) and _fits(before, context) is None else None
+        form = replace(form, from_zero=True)
+    if not form.from_zero or form.op != cell.op or form.functions != cell.functions:
+        return None
+    if cell.c is not None and (
+        form.cell_next is None
+        or context.layout.bare(form.cell_next) is not context.layout.bare(cell.c)
+    ):
+        return None
+    first = split_state(form, value, context, earlier)
+    if not isinstance(first, Cell) or first.w.shape != cell.w.shape:
+        return None
+    hidden, gates = cell.hidden, len(form.gates)
+    sums = [b.reshape(2, gates, hidden).sum(0) for b in (first.b, cell.b)]
+    for k, each in enumerate(form.gates):
+        if each is NO_GATE:
+            continue
+        rows = slice(k * hidden, (k + 1) * hidden)
+        if not np.allclose(first.w[0, rows], cell.w[0, rows], rtol=1e-6, atol=1e-7):
+            return None
+        if not np.allclose(sums[0][k], sums[1][k], rtol=1e-5, atol=1e-6):
+            return None
+    whole = replace(
+        first, w=cell.w, r=cell.r, b=cell.b, p=cell.p, linear_before_reset=cell.linear_before_reset
+    )
+    return whole if _fits(whole, context) is None else None
 
 
 _CLOSING = frozenset(
@@ -586,12 +709,28 @@ def _fits(cell: Cell, context: Context) -> str | None:
             return f"the number of dimensions of '{value.name}' is not known"
         if rank(value) == 1:
             return "it has no batch axis"
-    ranks = {rank(v) for v in values}
-    if len(ranks) > 1:
-        return "input and state have different numbers of dimensions"
+    if len({rank(v) for v in cell.x}) > 1:
+        return "its inputs have different numbers of dimensions"
+    if not all(_is_step(v, context) for v in values):
+        leading = {_leading(v, context) for v in values}
+        if len(leading) > 1 or None in next(iter(leading)):
+            return "input and state have different sizes besides their last axis"
+    for state in (cell.h, cell.c):
+        if state is not None and static(state, -2) == 1 and static(cell.x[0], -2) != 1:
+            return "one state stands for a whole batch"
     if context.opset < 7:
         return f"opset {context.opset} has no recurrent operators for it (needs 7)"
     return None
+
+
+def _is_step(value: ir.Value, context: Context) -> bool:
+    """Tells whether a value is ``[N, ·]`` or ``[1, N, ·]``."""
+    return rank(value) == 2 or (rank(value) == 3 and context.layout.is_one(value, 0))
+
+
+def _leading(value: ir.Value, context: Context) -> tuple[object, ...]:
+    sizes = [context.layout.dimension(value, k) for k in range(known_rank(value) - 1)]
+    return tuple(None if s is None else tuple(sorted(s.items(), key=str)) for s in sizes)
 
 
 _DEFAULTS: dict[Op, tuple[Function, ...]] = {
@@ -630,22 +769,25 @@ def write(cell: Cell, context: Context) -> ir.Node:
     x = inputs_now[0]
     if len(inputs_now) > 1:
         x = context.one(before, "Concat", inputs_now, axis=-1)
-    leading = known_rank(cell.h_next) - 1
-    direct = leading == 2 and all(static(v, 0) == 1 for v in (cell.h, *cell.x))
 
     def outward(value: ir.Value, columns: int) -> ir.Value:
-        if leading == 1:
+        if rank(value) == 2:
             return context.unsqueeze(before, value, [0])
-        if direct:
+        if _is_step(value, context):
             return value
         return context.one(before, "Reshape", [value, context.ints(before, [1, -1, columns])])
 
-    def inward(value: ir.Value, like: ir.Value) -> ir.Value:
-        if leading == 1:
+    def inward(value: ir.Value, old: ir.Value) -> ir.Value:
+        if rank(old) == 2:
             return context.squeeze(before, value, [0])
-        if direct:
+        if _is_step(old, context):
             return value
-        return context.one(before, "Reshape", [value, context.one(before, "Shape", [like])])
+        shape = context.one(before, "Shape", [context.current(cell.h or cell.x[0])])
+        head = context.slice(before, shape, 0, 0, known_rank(old) - 1)
+        target = context.one(before, "Concat", [head, context.ints(before, [cell.hidden])], axis=0)
+        for made in (shape, head, target):
+            made.type = ir.TensorType(ir.DataType.INT64)
+        return context.one(before, "Reshape", [value, target])
 
     def state(value: ir.Value | None) -> ir.Value | None:
         if value is None or context.layout.is_zero(value):
@@ -657,6 +799,8 @@ def write(cell: Cell, context: Context) -> ir.Node:
         else context.constant(f"{name}/{role}", array)
         for role, array in (("W", cell.w), ("R", cell.r), ("B", cell.b), ("P", cell.p))
     ]
+    if x.shape is None:
+        x.shape = ir.Shape([None] * known_rank(cell.x[0]))
     inputs = [outward(x, cell.w.shape[2]), *weights[:3], None, state(cell.h)]
     if cell.op == "LSTM":
         inputs += [state(cell.c), weights[3]]
@@ -666,10 +810,9 @@ def write(cell: Cell, context: Context) -> ir.Node:
     node = context.node(before, cell.op, inputs, outputs, name=name, **attributes(cell))
     for value, role in zip(node.outputs, ("Y", "Y_h", "Y_c"), strict=False):
         value.name = context.unique(f"{name}/{role}")
-    like = context.current(cell.h)
-    replaced = [(cell.h_next, inward(node.outputs[1], like))]
+    replaced = [(cell.h_next, inward(node.outputs[1], cell.h_next))]
     if cell.c_next is not None:
-        replaced.append((cell.c_next, inward(node.outputs[2], like)))
+        replaced.append((cell.c_next, inward(node.outputs[2], cell.c_next)))
     for old, new in replaced:
         context.replace(old, new)
     context.clean([old for old, _ in replaced])
@@ -691,11 +834,9 @@ def check(cell: Cell, context: Context, opset: int) -> str | None:
     Returns:
         Why they are not the same, or None.
     """
-    given = {id(v): v for v in (context.layout.bare(u) for u in (*cell.x, cell.h))}
-    if cell.c is not None:
-        bare = context.layout.bare(cell.c)
-        given[id(bare)] = bare
-    nodes, constants = _between(cell, context, given)
+    states = {k: v for k, v in (("h", cell.h), ("c", cell.c)) if v is not None}
+    given = _given(cell, context)
+    nodes, constants = _between(cell, context)
     outputs = [v for v in (cell.h_next, cell.c_next) if v is not None]
     names = [f"checked/{k}" for k in range(len(outputs))]
     nodes += [
@@ -727,9 +868,8 @@ def check(cell: Cell, context: Context, opset: int) -> str | None:
         def rows_of(value: ir.Value) -> Array:
             return rows[context.layout.bare(value).name or ""]  # noqa: B023
 
-        own = {"x": np.concatenate([rows_of(v) for v in cell.x], axis=-1), "h": rows_of(cell.h)}
-        if cell.c is not None:
-            own["c"] = rows_of(cell.c)
+        own = {"x": np.concatenate([rows_of(v) for v in cell.x], axis=-1)}
+        own |= {k: rows_of(v) for k, v in states.items()}
         expected = written(feed)
         found = operator(own)
         if isinstance(expected, str) or isinstance(found, str):
@@ -745,17 +885,22 @@ TOLERANCE = 1e-5
 
 
 def _sample_shape(value: ir.Value, cell: Cell, context: Context) -> list[int]:
-    """A shape for random rows: three in the batch."""
+    """A shape for random rows: the sizes that are fixed, three where they are not."""
     widths = {id(context.layout.bare(v)): v for v in (*cell.x, cell.h, cell.c) if v is not None}
     last = static(value, -1) or static(widths[id(value)], -1) or cell.hidden
-    free = [k for k in range(known_rank(value) - 1) if static(value, k) != 1]
-    return [3 if k in free[-1:] else 1 for k in range(known_rank(value) - 1)] + [last]
+    sizes = [static(value, k) for k in range(known_rank(value) - 1)]
+    return [3 if size is None else size for size in sizes] + [last]
 
 
-def _between(
-    cell: Cell, context: Context, given: Mapping[int, ir.Value]
-) -> tuple[list[onnx.NodeProto], dict[str, Array]]:
+def _given(cell: Cell, context: Context) -> dict[int, ir.Value]:
+    """Input and state of a cell: id without axes of size 1 → value."""
+    values = [v for v in (*cell.x, cell.h, cell.c) if v is not None]
+    return {id(v): v for v in map(context.layout.bare, values)}
+
+
+def _between(cell: Cell, context: Context) -> tuple[list[onnx.NodeProto], dict[str, Array]]:
     """The nodes that compute the new state from the old one and the input, and their constants."""
+    given = _given(cell, context)
     nodes: list[onnx.NodeProto] = []
     constants: dict[str, Array] = {}
     done: set[str] = {v.name or "" for v in given.values()}
@@ -774,6 +919,12 @@ def _between(
         done.add(value.name or "")
         array = context.layout.constant(value)
         origin = context.layout.origin(value)
+        row = context.algebra.of(value) if array is None else None
+        if row is not None and row.degree == 0:  # zeros of a size known at run time
+            array = row.terms[()].coefficient if row.terms else np.zeros(1)
+            sizes = [static(value, k) for k in range(rank(value) or 1)]
+            shape = [3 if size is None else size for size in sizes]
+            array = np.broadcast_to(array.astype(np.float32), shape)
         if array is not None:
             constants[value.name or ""] = array
         elif origin is not value:  # through an unchanged value of a loop
@@ -805,13 +956,13 @@ def _in_order(nodes: list[onnx.NodeProto], known: set[str]) -> list[onnx.NodePro
 
 def _operator(cell: Cell) -> onnx.GraphProto:
     """A graph with the operator alone."""
-    states = ["h"] if cell.c is None else ["h", "c"]
+    states = [k for k, v in (("h", cell.h), ("c", cell.c)) if v is not None]
     constants = {"W": cell.w, "R": cell.r, "B": cell.b}
     inputs = ["x", "W", "R", "B", "", *states]
     if cell.p is not None:
         constants["P"] = cell.p
-        inputs.append("P")
-    outputs = ["Y_h"] if cell.c is None else ["Y_h", "Y_c"]
+        inputs += [""] * (7 - len(inputs)) + ["P"]
+    outputs = ["Y_h"] if cell.op != "LSTM" else ["Y_h", "Y_c"]
     node = onnx.helper.make_node(cell.op, inputs, ["", *outputs], **attributes(cell))
     info = onnx.helper.make_tensor_value_info
     return onnx.helper.make_graph(

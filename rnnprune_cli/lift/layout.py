@@ -66,6 +66,7 @@ class Layout:
     def __init__(self, walker: Walker, folder: Folder) -> None:
         self._walker = walker
         self._folder = folder
+        self._bare: dict[int, tuple[ir.Value, ir.Value]] = {}
         self._sizes: dict[tuple[int, int], Linear | None] = {}
 
     def origin(self, value: ir.Value) -> ir.Value:
@@ -117,6 +118,11 @@ class Layout:
 
     def bare(self, value: ir.Value) -> ir.Value:
         """Returns the value that holds the same rows, before axes of size 1 came and went."""
+        if id(value) not in self._bare:
+            self._bare[id(value)] = (value, self._made_bare(value))
+        return self._bare[id(value)][1]
+
+    def _made_bare(self, value: ir.Value) -> ir.Value:
         while True:
             value = self.origin(value)
             node = value.producer()
@@ -126,6 +132,11 @@ class Layout:
             if source is None or not self._keeps_rows(node, source, value):
                 return value
             value = source
+
+    def is_one(self, value: ir.Value, axis: int) -> bool:
+        """Tells whether an axis is known to have size 1."""
+        size = self.dimension(value, axis)
+        return size is not None and dict(size) == {ONE: 1}
 
     def _keeps_rows(self, node: ir.Node, source: ir.Value, value: ir.Value) -> bool:
         if node.op_type == "Concat":
@@ -204,9 +215,14 @@ class Layout:
             if not sizes or any(size != sizes[0][2] for _, _, size in sizes):
                 return None
             return sizes[0][0], sizes[0][1]
-        if node.op_type in _REDUCTIONS and rank(source) == ndim:
-            axes = self.axes(node, ndim)
-            return None if axes is None or axis in axes else (source, axis)
+        if node.op_type in _REDUCTIONS:
+            axes = self.axes(node, rank(source))
+            if axes is None:
+                return None
+            if node.attributes.get_int("keepdims", 1):
+                return None if axis in axes else (source, axis)
+            left = [a for a in range(rank(source) or 0) if a not in axes]
+            return source, left[axis]
         if node.op_type == "Unsqueeze":
             axes = self.axes(node, ndim)
             if axes is None or axis in axes:
@@ -332,19 +348,24 @@ class Layout:
 
     def is_zero(self, value: ir.Value) -> bool:
         """Tells whether all elements of a value are zero, whatever its shape."""
+        return self.fill(value) == 0
+
+    def fill(self, value: ir.Value) -> float | None:
+        """Returns the number that all elements of a value are, whatever its shape."""
         while True:
             value = self.origin(value)
             array = self.constant(value)
             if array is not None:
-                return not array.any()
+                same = array.size and (array == array.reshape(-1)[0]).all()
+                return float(array.reshape(-1)[0]) if same and array.dtype.kind in "fiub" else None
             node = value.producer()
             if node is None:
-                return False
+                return None
             if node.op_type == "ConstantOfShape":
-                fill = node.attributes.get_tensor("value", None)
-                return fill is None or not fill.numpy().any()
+                filled = node.attributes.get_tensor("value", None)
+                return 0.0 if filled is None else float(filled.numpy().reshape(-1)[0])
             if node.op_type not in _MOVING or node.inputs[0] is None:
-                return False
+                return None
             value = node.inputs[0]
 
 

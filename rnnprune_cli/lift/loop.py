@@ -389,7 +389,10 @@ def _choice(value: ir.Value, loop: Interface, context: Context) -> Choice:
         chosen[positive] = others[0].value
     if len(masks) != 1 or True not in chosen or len(chosen) != len(terms):
         return Choice(bare)
-    return Choice(chosen[True], chosen.get(False), next(iter(masks.values())))
+    old = chosen.get(False)
+    if old is not None and context.layout.is_zero(old):
+        old = None
+    return Choice(chosen[True], old, next(iter(masks.values())))
 
 
 def _cast_from(value: ir.Value) -> ir.Value | None:

@@ -1,0 +1,153 @@
+"""Shapes of all values of a model, in loops and branches too.
+
+``onnx.shape_inference`` does not see initializers of an outer graph from within a branch or body,
+and stops there. What it leaves open is worked out node by node, with its own rules for each
+operator.
+"""
+
+from __future__ import annotations
+
+import onnx
+import onnx_ir as ir
+
+from rnnprune_cli.graph import stored_tensor
+
+_MAX_ELEMENTS = 64
+"""Constants up to this size are shown to the rules: axes, sizes, target shapes."""
+
+
+def complete(model: ir.Model) -> None:
+    """Sets the types and shapes that a model's values do not state, where they follow.
+
+    Args:
+        model: The model, after ``onnx.shape_inference``; it has no functions.
+    """
+    versions = {domain or "": version for domain, version in model.opset_imports.items()}
+    _graph(model.graph, versions)
+
+
+def _graph(graph: ir.Graph, versions: dict[str, int]) -> None:
+    for node in graph:
+        bodies = [a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
+        if node.op_type in ("Loop", "Scan") and bodies:
+            _enter(node, bodies[0])
+        for body in bodies:
+            _graph(body, versions)
+        if bodies:
+            _leave(node, bodies)
+        elif any(value.shape is None or value.type is None for value in node.outputs):
+            _node(node, versions)
+
+
+def _node(node: ir.Node, versions: dict[str, int]) -> None:
+    domain = "" if node.domain == "ai.onnx" else node.domain
+    if domain not in versions or not onnx.defs.has(node.op_type, versions[domain], domain):
+        return
+    types: dict[str, onnx.TypeProto] = {}
+    data: dict[str, onnx.TensorProto] = {}
+    for value in node.inputs:
+        if value is None:
+            continue
+        if value.type is None or not isinstance(value.type, ir.TensorType):
+            return
+        types[value.name or ""] = _type(value)
+        tensor = stored_tensor(value)
+        if tensor is not None and tensor.size <= _MAX_ELEMENTS:
+            data[value.name or ""] = onnx.numpy_helper.from_array(tensor.numpy(), value.name)
+    schema = onnx.defs.get_schema(node.op_type, versions[domain], domain)
+    try:
+        found = onnx.shape_inference.infer_node_outputs(
+            schema,
+            ir.to_proto(node),
+            types,
+            data,
+            opset_imports=[onnx.helper.make_opsetid(d, v) for d, v in versions.items()],
+        )
+    except Exception:  # noqa: BLE001  unrelated types where a node contradicts its inputs
+        return
+    for value in node.outputs:
+        inferred = found.get(value.name or "")
+        if inferred is None or not inferred.HasField("tensor_type"):
+            continue
+        tensor_type = inferred.tensor_type
+        if value.type is None and tensor_type.elem_type:
+            value.type = ir.TensorType(ir.DataType(tensor_type.elem_type))
+        if value.shape is None and tensor_type.HasField("shape"):
+            value.shape = ir.Shape(
+                [
+                    d.dim_value if d.HasField("dim_value") else d.dim_param or None
+                    for d in tensor_type.shape.dim
+                ]
+            )
+
+
+def _type(value: ir.Value) -> onnx.TypeProto:
+    shape = None
+    if value.shape is not None:
+        shape = [d if isinstance(d, int) else d.value for d in value.shape]
+    assert isinstance(value.type, ir.TensorType)
+    return onnx.helper.make_tensor_type_proto(value.type.dtype.value, shape)
+
+
+def _enter(node: ir.Node, body: ir.Graph) -> None:
+    """Gives a body's inputs what is known from outside."""
+    inputs = list(node.inputs)
+    if node.op_type == "Loop":
+        for value, dtype in zip(body.inputs[:2], (ir.DataType.INT64, ir.DataType.BOOL), strict=True):
+            value.type = value.type or ir.TensorType(dtype)
+            value.shape = ir.Shape([]) if value.shape is None else value.shape
+        for before, outer in zip(body.inputs[2:], inputs[2:], strict=False):
+            _hand_on(before, outer)
+        return
+    scanned = node.attributes.get_int("num_scan_inputs", 0) or 0
+    states = len(inputs) - scanned
+    axes = list(node.attributes.get_ints("scan_input_axes", None) or [0] * scanned)
+    for k, (before, outer) in enumerate(zip(body.inputs, inputs, strict=False)):
+        if k < states:
+            _hand_on(before, outer)
+        elif outer is not None:
+            before.type = before.type or outer.type
+            if before.shape is None and outer.shape is not None:
+                axis = axes[k - states] % max(len(outer.shape), 1)
+                before.shape = ir.Shape([d for j, d in enumerate(outer.shape) if j != axis])
+
+
+def _hand_on(before: ir.Value, outer: ir.Value | None) -> None:
+    """A carried value keeps its type and rank; only its last size is taken to stay."""
+    if outer is None:
+        return
+    before.type = before.type or outer.type
+    if before.shape is None and outer.shape is not None:
+        last = len(outer.shape) - 1
+        before.shape = ir.Shape(
+            [d if k == last or d == 1 else None for k, d in enumerate(outer.shape)]
+        )
+
+
+def _leave(node: ir.Node, bodies: list[ir.Graph]) -> None:
+    """Gives a node's outputs what is known from inside."""
+    if node.op_type == "If":
+        for outputs in zip(node.outputs, *(b.outputs for b in bodies), strict=False):
+            value, *results = outputs
+            value.type = value.type or results[0].type
+            shapes = [r.shape for r in results if r.shape is not None]
+            if value.shape is None and len({len(s) for s in shapes}) == 1 and len(shapes) > 1:
+                value.shape = ir.Shape(
+                    [
+                        d[0] if isinstance(d[0], int) and len(set(d)) == 1 else None
+                        for d in zip(*shapes, strict=True)
+                    ]
+                )
+        return
+    if node.op_type not in ("Loop", "Scan"):
+        return
+    skip = 1 if node.op_type == "Loop" else 0
+    scanned = node.attributes.get_int("num_scan_inputs", 0) or 0
+    states = len(node.inputs) - (2 if skip else scanned)
+    for k, (value, result) in enumerate(
+        zip(node.outputs, list(bodies[0].outputs)[skip:], strict=False)
+    ):
+        value.type = value.type or result.type
+        if value.shape is None and result.shape is not None:
+            stacked = [] if k < states else [None]
+            value.shape = ir.Shape([*stacked, *result.shape])
