@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import onnx
 import onnx_ir as ir
 
 from rnnprune_cli.graph import subgraphs
-from rnnprune_cli.lift import cell, chain, loop, shapes
-from rnnprune_cli.lift.context import Context
+from rnnprune_cli.lift import cell, chain, directions, loop, projection, shapes
+from rnnprune_cli.lift.context import Context, tidy
 from rnnprune_cli.model import Skipped
 from rnnprune_cli.onnx_file import deserialize, graphs
 
@@ -69,6 +70,7 @@ def attempt(
     state.cells()
     state.loops()
     state.chains()
+    state.sequences()
     return Attempt(state.proto, tuple(state.lifts), tuple(state.declined.values()))
 
 
@@ -178,6 +180,46 @@ class _State:
                 break
             else:
                 return
+
+
+    def sequences(self) -> None:
+        """Tidies up after operators over whole sequences: projections, reversals, directions."""
+        made = {lift.name: lift for lift in self.lifts if lift.pattern in ("loop", "chain")}
+        if not made:
+            return
+        self._everywhere(lambda graph, context: self._fold(graph, context, made))
+        self._everywhere(directions.cancel_reversals)
+        self._everywhere(lambda graph, context: self._join(graph, context, made))
+        self._everywhere(tidy)
+
+    def _everywhere(self, change: Callable[[ir.Graph, Context], bool]) -> None:
+        context = self._context()
+        if any([change(graph, context) for graph in _all_graphs(context.model)]):
+            self._keep(context)
+
+    @staticmethod
+    def _fold(graph: ir.Graph, context: Context, made: Mapping[str, Lift]) -> bool:
+        nodes = [node for node in graph if node.name in made]
+        return any([projection.fold_projection(node, context) for node in nodes])
+
+    def _join(self, graph: ir.Graph, context: Context, made: Mapping[str, Lift]) -> bool:
+        pairs = list(directions.find_pairs(graph, context, made))
+        for forward, backward in pairs:
+            sources = [made[node.name or ""].source for node in (forward, backward)]
+            if f"{sources[0]} + {sources[1]}" in self._without:
+                continue
+            new = directions.join(
+                forward, backward, context, context.unique(_common(forward.name, backward.name))
+            )
+            self.lifts.append(Lift(new.name or "", "directions", new.op_type, " + ".join(sources)))
+        return bool(pairs)
+
+
+def _common(one: str | None, other: str | None) -> str:
+    """The path that two names share."""
+    parts = [name.split("/") for name in (one or "", other or "")]
+    shared = [a for a, b in zip(*parts, strict=False) if a == b]
+    return "/".join(shared) or f"{one}_bidirectional"
 
 
 def _all_graphs(model: ir.Model) -> list[ir.Graph]:

@@ -11,7 +11,7 @@ operator of a whole loop or chain is for :mod:`.loop` and :mod:`.chain`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -28,7 +28,7 @@ from rnnprune_cli.lift.algebra import (
     Product,
     Term,
 )
-from rnnprune_cli.lift.context import Context, known_rank, static
+from rnnprune_cli.lift.context import Context, known_rank, layer_name, static
 from rnnprune_cli.lift.layout import rank
 from rnnprune_cli.model import Array, Op, TensorSpec
 from rnnprune_cli.runtime import OnnxRunner
@@ -633,8 +633,24 @@ def find_cells(graph: ir.Graph, context: Context) -> tuple[list[Cell], dict[str,
         for node_proto in _between(each, context)[0]
         for name in node_proto.output
     }
-    # A gate alone has the form of an RNN.
-    return [c for c in cells if c.op != "RNN" or c.h_next.name not in inside], declined
+    # A gate alone has the form of an RNN; Keras runs a masked cell once more, for its shape only.
+    cells = [
+        c for c in cells if (c.op != "RNN" or c.h_next.name not in inside) and _is_used(c, inside)
+    ]
+    return cells, declined
+
+
+def _is_used(cell: Cell, inside: Container[str]) -> bool:
+    """Tells whether anything reads the values of a cell's states, not only their shapes."""
+    states = [v for v in (cell.h_next, cell.c_next) if v is not None]
+    return any(
+        value.is_graph_output()
+        or any(
+            user.op_type != "Shape" and user.outputs[0].name not in inside
+            for user in value.consumers()
+        )
+        for value in states
+    )
 
 
 def _is_multiplied(value: ir.Value) -> bool:
@@ -822,7 +838,7 @@ def write(cell: Cell, context: Context) -> ir.Node:
 def _name(cell: Cell) -> str:
     """A name from the path that exporters give the values of a layer."""
     path = (cell.h_next.name or "").split(":")[0].rsplit("/", 1)
-    return path[0] if len(path) == 2 and path[0].strip("/") else f"lifted_{cell.op.lower()}"
+    return layer_name(path[0] if len(path) == 2 else "", cell.op)
 
 
 # Checking

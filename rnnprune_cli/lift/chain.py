@@ -102,14 +102,15 @@ def _cut(chain: list[ir.Node], context: Context) -> Iterator[list[ir.Node]]:
     for node in chain:
         x = _input(node, 0)
         assert x is not None
-        if part and (_depends(x, part) or _cell_is_read(part[-1], node, context)):
+        if part and (depends(x, part) or _cell_is_read(part[-1], node, context)):
             yield part
             part = []
         part.append(node)
     yield part
 
 
-def _depends(value: ir.Value, on: list[ir.Node]) -> bool:
+def depends(value: ir.Value, on: list[ir.Node]) -> bool:
+    """Tells whether a value is made from the output of one of some nodes."""
     ids = {id(node) for node in on}
     pending, seen = [value], set()
     while pending:

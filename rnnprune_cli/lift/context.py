@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -249,8 +251,6 @@ class Context:
 
 
 def _digest(array: Array) -> bytes:
-    import hashlib
-
     return hashlib.sha256(np.ascontiguousarray(array).view(np.uint8).data).digest()
 
 
@@ -274,6 +274,37 @@ def known_rank(value: ir.Value) -> int:
     found = rank(value)
     assert found is not None
     return found
+
+
+def tidy(graph: ir.Graph, context: Context) -> bool:
+    """Removes pairs of Squeeze and Unsqueeze that lifting put back to back.
+
+    Returns:
+        Whether there were any.
+    """
+    changed = False
+    opposite = {"Squeeze": "Unsqueeze", "Unsqueeze": "Squeeze"}
+    for node in list(graph):
+        source = node.inputs[0] if node.inputs else None
+        before = None if source is None else source.producer()
+        if node.op_type not in opposite or before is None or before.inputs[0] is None:
+            continue
+        ours = any((n.outputs[0].name or "").startswith("lift_") for n in (node, before))
+        if before.op_type != opposite[node.op_type] or not ours:
+            continue
+        longer = before.outputs[0] if before.op_type == "Unsqueeze" else node.outputs[0]
+        axes = [context.layout.axes(n, rank(longer)) for n in (before, node)]
+        if axes[0] is not None and axes[0] == axes[1]:
+            context.replace(node.outputs[0], context.current(before.inputs[0]))
+            context.clean([node.outputs[0]])
+            changed = True
+    return changed
+
+
+def layer_name(path: str, op: str) -> str:
+    """Returns a name for a lifted operator from the path that its loop or values have."""
+    short = re.sub(r"[/_]while(_loop)?(/.*)?$", "", path).strip("/")
+    return short or f"lifted_{op.lower()}"
 
 
 _PARTS = frozenset(

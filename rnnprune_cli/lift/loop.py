@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -20,7 +19,7 @@ import onnx_ir as ir
 
 from rnnprune_cli.find import is_recurrent
 from rnnprune_cli.lift.algebra import Leaf
-from rnnprune_cli.lift.context import Context, static
+from rnnprune_cli.lift.context import Context, layer_name, static
 from rnnprune_cli.lift.layout import MAX_INT32, ONE, Linear, combined, rank
 
 _STEP = "iteration"
@@ -71,6 +70,23 @@ class State:
 
 
 @dataclass(frozen=True, eq=False)
+class Stack:
+    """A value of every step, stacked.
+
+    Attributes:
+        value: What the body gives at one step.
+        out: All of them, along ``axis``.
+        backwards: The first step is stacked last.
+        axis: The time axis.
+    """
+
+    value: ir.Value
+    out: ir.Value
+    backwards: bool = False
+    axis: int = 0
+
+
+@dataclass(frozen=True, eq=False)
 class Interface:
     """A Loop or Scan, seen alike.
 
@@ -78,7 +94,7 @@ class Interface:
         node: The node.
         body: Its body.
         states: What is handed from step to step.
-        scans: (value of one step, stacked output, whether it is stacked from the end).
+        scans: What is stacked step by step.
         scanned: id of a body input → its sequence (Scan).
         known: id of an integer in the body → what it is, in terms of the iteration's number.
         steps: How often the body runs; None for as often as the scanned inputs have steps.
@@ -88,7 +104,7 @@ class Interface:
     node: ir.Node
     body: ir.Graph
     states: list[State]
-    scans: list[tuple[ir.Value, ir.Value, bool]]
+    scans: list[Stack]
     scanned: dict[int, Sequence] = field(default_factory=dict)
     known: dict[int, Linear] = field(default_factory=dict)
     steps: Linear | None = None
@@ -133,7 +149,7 @@ def _loop(node: ir.Node, context: Context) -> Interface:
         if i is not None
     ]
     scans = [
-        (value, out, False)
+        Stack(value, out)
         for value, out in zip(body.outputs[1 + carried :], node.outputs[carried:], strict=True)
     ]
     known: dict[int, Linear] = {id(body.inputs[0]): {_STEP: 1}}
@@ -240,8 +256,6 @@ def _scan(node: ir.Node) -> Interface:
     def listed(name: str, count: int) -> list[int]:
         return list(node.attributes.get_ints(name, None) or [0] * count)
 
-    if any(listed("scan_output_axes", outputs)):
-        raise Declined("it stacks its outputs along another axis than the first")
     axes, directions = listed("scan_input_axes", scanned), listed("scan_input_directions", scanned)
     return Interface(
         node,
@@ -253,11 +267,12 @@ def _scan(node: ir.Node) -> Interface:
             )
         ],
         [
-            (value, out, bool(d))
-            for value, out, d in zip(
+            Stack(value, out, bool(d), axis)
+            for value, out, d, axis in zip(
                 body.outputs[carried:],
                 node.outputs[carried:],
                 listed("scan_output_directions", outputs),
+                listed("scan_output_axes", outputs),
                 strict=True,
             )
         ],
@@ -312,7 +327,7 @@ def steps_of(loop: Interface, context: Context) -> list[Step]:
             raise Declined("an operator in it has sequence lengths or another layout")
         if node.attributes.get_string("direction", "forward") == "bidirectional":
             raise Declined("an operator in it is bidirectional")
-        if static(x, 0) != 1:
+        if rank(x) != 3 or not context.layout.is_one(x, 0):
             raise Declined("an operator in it runs over more than one step")
         for role, value in zip("WRBP", (*inputs[1:4], inputs[7]), strict=True):
             if value is not None and context.layout.constant(value) is None:
@@ -618,12 +633,6 @@ def _operator(
     return new
 
 
-def layer_name(path: str, op: str) -> str:
-    """Returns the name of a layer from that of its loop."""
-    short = re.sub(r"[/_]while(_loop)?(/.*)?$", "", path).strip("/")
-    return short or f"lifted_{op.lower()}"
-
-
 def _outer(
     node: ir.Node, position: int, role: str, name: str, loop: Interface, context: Context
 ) -> ir.Value | None:
@@ -697,13 +706,13 @@ class _Outputs:
             and self._context.layout.is_zero(state.initial)
         )
 
-    def _read(self) -> Iterator[tuple[ir.Value, State | tuple[ir.Value, bool]]]:
+    def _read(self) -> Iterator[tuple[ir.Value, State | Stack]]:
         for state in self._loop.states:
             if state.final is not None and _is_read(state.final):
                 yield state.final, state
-        for value, out, from_end in self._loop.scans:
-            if _is_read(out):
-                yield out, (value, from_end)
+        for stack in self._loop.scans:
+            if _is_read(stack.out):
+                yield stack.out, stack
 
     def check(self) -> None:
         """Raises Declined if something is read that operators do not give."""
@@ -717,10 +726,14 @@ class _Outputs:
                     raise Declined(f"it also computes '{out.name}' from step to step")
                 value = what.after
             else:
-                value, _ = what
+                value = what.value
                 self._stacked(value, out)
+                if what.axis not in (0, 1) or (what.axis and rank(value) != 2):
+                    raise Declined(f"it stacks '{out.name}' along its axis {what.axis}")
             ndim = rank(value)
-            if ndim is None or any(static(value, k) != 1 for k in range(ndim - 2)) or ndim < 2:
+            if ndim is None or ndim < 2 or not all(
+                self._context.layout.is_one(value, k) for k in range(ndim - 2)
+            ):
                 if not isinstance(what, State) or id(what) in self._states:
                     raise Declined(f"the shape of '{value.name}' is not known")
 
@@ -756,12 +769,12 @@ class _Outputs:
                     new = what.initial
                 context.replace(out, new)
                 continue
-            value, from_end = what
+            value = what.value
             step, choice = self._stacked(value, out)
             node = made[id(step.node)]
             backwards = node.attributes.get_string("direction", "forward") == "reverse"
             zeroed = choice.mask is not None and choice.old is None
-            if not zeroed and not from_end:
+            if not zeroed and not what.backwards and not what.axis:
                 self._last_steps(out, node, value)
             if not _is_read(out):
                 continue
@@ -773,8 +786,10 @@ class _Outputs:
                 stacked = context.squeeze(before, stacked, [1])
             elif ndim == 4:
                 stacked = context.unsqueeze(before, stacked, [1])
-            if backwards != from_end:
+            if backwards != what.backwards:
                 stacked = context.reverse(before, stacked)
+            if what.axis:
+                stacked = context.one(before, "Transpose", [stacked], perm=[1, 0, 2])
             context.replace(out, stacked)
 
     def _final(self, state: ir.Value, like: ir.Value) -> ir.Value:
