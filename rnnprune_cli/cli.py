@@ -46,6 +46,13 @@ Model = Annotated[
     ),
 ]
 OutputFormat = Annotated[Format, typer.Option("--format", help="What stdout carries.")]
+RightPadding = Annotated[
+    bool,
+    typer.Option(
+        "--assume-right-padding",
+        help="Sequences are padded on the right only: lets masked loops become operators.",
+    ),
+]
 Signature = Annotated[
     str | None, typer.Option(help="Signature of a SavedModel, if it has several.")
 ]
@@ -113,6 +120,7 @@ def prune(
     values: Annotated[
         str, typer.Option(help="Precision of packed values: float32, float16 or int8.")
     ] = "float32",
+    right_padding: RightPadding = False,
     signature: Signature = None,
     report: Annotated[
         list[Path] | None,
@@ -156,6 +164,7 @@ def prune(
             threads=threads,
             force=force,
             reports=tuple(report or ()),
+            right_padding=right_padding,
         )
         with progress(quiet, verbose) as show:
             result = pipeline.prune(options, arguments, show)
@@ -172,8 +181,71 @@ def prune(
 
 
 @app.command()
+def lift(
+    model: Model,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Where the result goes [default: MODEL with .lifted in its name].",
+            show_default=False,
+            readable=False,
+        ),
+    ] = None,
+    right_padding: RightPadding = False,
+    data: Annotated[
+        Path | None,
+        typer.Option(help=".npz with real inputs to compare on, too.", readable=False),
+    ] = None,
+    signature: Signature = None,
+    output_format: OutputFormat = Format.table,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of made-up inputs.")] = 0,
+    threads: Annotated[int, typer.Option(help="Threads to run the models with.")] = 1,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Only rewrite loops, hand-written cells and unrolled chains to LSTM, GRU and RNN operators.
+
+    Example: rnnprune lift model.onnx -o lifted.onnx
+    """
+    arguments = {k: v for k, v in locals().items() if v is not None}
+
+    def work() -> tuple[dict[str, Any], RenderableType | None]:
+        from rnnprune_cli import pipeline
+        from rnnprune_cli.console import progress
+        from rnnprune_cli.model import ExportOptions
+        from rnnprune_cli.report.json import report_document
+
+        options = pipeline.PruneOptions(
+            model=model,
+            output=output,
+            stage=None,
+            seed=seed,
+            data=data,
+            export=ExportOptions("dense"),
+            signature=signature,
+            threads=threads,
+            force=force,
+            right_padding=right_padding,
+        )
+        with progress(quiet, verbose) as show:
+            result = pipeline.prune(options, arguments, show)
+        document = report_document(result)
+        if output_format is Format.json:
+            return document, None
+        from rnnprune_cli.report.table import report_table
+
+        return document, report_table(result)
+
+    _finish(work, arguments, output_format)
+
+
+@app.command()
 def inspect(
     model: Model,
+    right_padding: RightPadding = False,
     signature: Signature = None,
     output_format: OutputFormat = Format.table,
     verbose: Verbose = False,
@@ -182,19 +254,16 @@ def inspect(
     arguments = {k: v for k, v in locals().items() if v is not None}
 
     def work() -> tuple[dict[str, Any], RenderableType | None]:
-        from rnnprune_cli.load import load
-        from rnnprune_cli.pipeline import require_layers
+        from rnnprune_cli.pipeline import inspected
         from rnnprune_cli.report.json import inspect_document
 
-        loaded = load(model, signature)
-        if not loaded.layers and not loaded.skipped:
-            require_layers(loaded)
-        document = inspect_document(loaded, arguments)
-        if output_format is Format.json:
-            return document, None
-        from rnnprune_cli.report.table import inspect_table
+        with inspected(model, signature, right_padding) as found:
+            document = inspect_document(found, arguments)
+            if output_format is Format.json:
+                return document, None
+            from rnnprune_cli.report.table import inspect_table
 
-        return document, inspect_table(loaded)
+            return document, inspect_table(found)
 
     _finish(work, arguments, output_format)
 

@@ -281,6 +281,42 @@ def made_up_feeds(runner: Runner, seed: int, longest: int = _STEPS[0]) -> list[F
     return feeds
 
 
+def varied_feeds(runner: Runner, seed: int, longest: int = _STEPS[0]) -> list[Feed]:
+    """Makes inputs as :func:`made_up_feeds` does, and some more of other sizes where accepted."""
+    feeds = made_up_feeds(runner, seed, longest)
+    if not any(not isinstance(d, int) for s in runner.inputs for d in s.shape or ()):
+        return feeds
+    for modes in _modes(runner.inputs):
+        for batch, steps in ((3, 5), (2, 1)):
+            feed = _feed(runner.inputs, modes, batch, steps, np.random.default_rng([seed, steps]))
+            try:
+                outputs = runner.run(feed)
+            except RnnpruneError:
+                continue
+            if not any(has_nan(output) for output in outputs):
+                feeds.append(feed)
+        runner.reset()
+    return feeds
+
+
+def padded_on_the_right(feed: Feed) -> Feed:
+    """Returns a feed whose sequences end in zeros, each earlier than the one before it.
+
+    The first axis is taken for the samples and the second for the steps. Zeros elsewhere become
+    ones where the values are integers: an Embedding may take them for padding.
+    """
+    padded: dict[str, Array] = {}
+    for name, array in feed.items():
+        new = array.copy()
+        if array.ndim > 1 and array.shape[1] > 1:
+            if array.dtype.kind in "iu":
+                new[new == 0] = 1
+            for sample in range(1, array.shape[0]):
+                new[sample, max(1, array.shape[1] - sample) :] = 0
+        padded[name] = new
+    return padded
+
+
 def has_nan(output: Array) -> bool:
     """Tells whether an output holds NaN, which would make every comparison with it empty."""
     return output.dtype.kind == "f" and bool(np.isnan(output).any())

@@ -362,7 +362,7 @@ def _other_recurrence(walker: Walker) -> Iterable[Skipped]:
         if id(node) in seen:
             continue
         seen.add(id(node))
-        name = node.name or node.op_type
+        name = node.name or node.outputs[0].name or node.op_type
         if node.op_type in ("Loop", "Scan"):
             body = [n for sub in subgraphs(node) for n in sub.all_nodes()]
             inner = Counter(n.op_type for n in body)

@@ -99,6 +99,23 @@ class Skipped:
 
 
 @dataclass(frozen=True)
+class Lift:
+    """A recurrent operator that stands for what was a loop, a hand-written cell or a chain.
+
+    Attributes:
+        name: The operator.
+        pattern: ``cell``, ``loop``, ``chain`` or ``directions`` (two operators made one).
+        op: LSTM, GRU or RNN.
+        source: The node, or nodes, that it stands for.
+    """
+
+    name: str
+    pattern: str
+    op: Op
+    source: str
+
+
+@dataclass(frozen=True)
 class TensorSpec:
     """An input or output of a model.
 
@@ -240,6 +257,7 @@ class LoadedModel(ABC):
         layers: What can be pruned.
         skipped: What is recurrent but cannot be pruned.
         warnings: What the user should know about the file.
+        lifts: Operators that stand for what the file has not as operators.
     """
 
     path: Path
@@ -250,6 +268,7 @@ class LoadedModel(ABC):
     layers: tuple[RecurrentLayer, ...]
     skipped: tuple[Skipped, ...]
     warnings: tuple[str, ...]
+    lifts: tuple[Lift, ...] = ()
     big: bool = False
     """So large that a run must not hold more copies of it than it needs."""
 
@@ -456,4 +475,5 @@ class Report:
     verification: tuple[Claim, ...]
     warnings: tuple[str, ...]
     environment: Mapping[str, Any]
+    lifts: tuple[Lift, ...] = ()
     checks: tuple[Any, ...] = field(default=())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +21,14 @@ from rnnprune_cli.model import (
     Array,
     Claim,
     ExportOptions,
+    Lift,
     LoadedModel,
     Masks,
     ParameterCount,
     RecurrentLayer,
     Runner,
     Saved,
+    Skipped,
     StoredWeight,
     Weight,
 )
@@ -60,6 +62,7 @@ class OnnxModel(LoadedModel):
     Args:
         path: The file.
         shown_path: What the user named, where that is not ``path`` (a converted SavedModel).
+        lifts: What lifting made of the model that the user named.
 
     Raises:
         RnnpruneError: If the file cannot be read or contradicts itself.
@@ -67,7 +70,10 @@ class OnnxModel(LoadedModel):
 
     format = "onnx"
 
-    def __init__(self, path: Path, shown_path: Path | None = None) -> None:
+    def __init__(
+        self, path: Path, shown_path: Path | None = None, lifts: tuple[Lift, ...] = ()
+    ) -> None:
+        self.lifts = lifts
         self._file = path
         self.path = shown_path or path
         proto = read_proto(path)
@@ -97,6 +103,17 @@ class OnnxModel(LoadedModel):
         self.warnings = tuple(self._file_warnings(proto))
         del proto, model, walker
         gc.collect()  # graphs refer to themselves; a large one must not wait to be freed
+
+    def explain(self, declined: Sequence[Skipped]) -> None:
+        """Takes over why lifting left something as it is."""
+        reasons = {item.name: item for item in declined}
+        own = {item.name for item in self.skipped}
+        self.skipped = tuple(reasons.get(item.name, item) for item in self.skipped)
+        self.warnings += tuple(
+            f"'{item.name}' is not lifted: {item.reason}" + (f"; {item.hint}" if item.hint else "")
+            for item in declined
+            if item.name not in own
+        )
 
     @property
     def _weights(self) -> dict[str, Weight]:

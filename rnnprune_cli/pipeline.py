@@ -13,12 +13,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from rnnprune_cli import __version__, measure
-from rnnprune_cli.data import Dataset, has_nan, load_dataset, made_up_feeds
+from rnnprune_cli.data import (
+    Dataset,
+    has_nan,
+    load_dataset,
+    made_up_feeds,
+    padded_on_the_right,
+    varied_feeds,
+)
 from rnnprune_cli.errors import RnnpruneError, UsageError, closest
 from rnnprune_cli.load import TENSORFLOW_SUFFIXES, load
 from rnnprune_cli.methods import method as find_method
@@ -74,11 +81,11 @@ _VERIFIED_SAMPLES = 4
 
 @dataclass(frozen=True)
 class PruneOptions:
-    """Everything that ``prune`` can be told; see the command's help."""
+    """Everything that ``prune`` can be told; see the command's help. No stage: only lift."""
 
     model: Path
     output: Path | None
-    stage: Stage
+    stage: Stage | None
     seed: int = 0
     data: Path | None = None
     metric: str = "auto"
@@ -87,13 +94,46 @@ class PruneOptions:
     threads: int = 1
     force: bool = False
     reports: tuple[Path, ...] = ()
+    right_padding: bool = False
     latency_seconds: float = 0.5
+
+
+@contextlib.contextmanager
+def inspected(path: Path, signature: str | None, right_padding: bool) -> Iterator[LoadedModel]:
+    """Loads a model for a look, lifted as ``prune`` would lift it.
+
+    Raises:
+        RnnpruneError: If it cannot be read, or nothing in it is recurrent.
+    """
+    with contextlib.ExitStack() as stack:
+        source = load(path, signature)
+        options = PruneOptions(path, None, None, right_padding=right_padding)
+        model, _ = lift_model(source, None, options, stack)
+        if not model.layers and not model.skipped:
+            require_layers(model)
+        yield model
+
+
+class LiftOptions(Protocol):
+    """What lifting has to know."""
+
+    @property
+    def seed(self) -> int:
+        """Seed of made-up inputs."""
+
+    @property
+    def right_padding(self) -> bool:
+        """Whether the user promises that padding is always on the right."""
+
+    @property
+    def threads(self) -> int:
+        """Threads to run with."""
 
 
 def prune(options: PruneOptions, arguments: Mapping[str, Any], progress: Progress) -> Report:
     """Prunes one model.
 
-    1. Check the options, then load the model.
+    1. Check the options, then load the model; lift loops and cells to operators.
     2. Score and select.
     3. Write into a temporary folder beside the output.
     4. Load or make up data, and verify what was written there against the masked model.
@@ -109,7 +149,13 @@ def prune(options: PruneOptions, arguments: Mapping[str, Any], progress: Progres
         RnnpruneError: If anything prevents a verified result; nothing is written then.
     """
     _check_options(options)
-    output, output_format = output_path(options.model, options.output)
+    output, output_format = output_path(
+        options.model, options.output, "pruned" if options.stage else "lifted"
+    )
+    if options.stage is None and output_format != "onnx":
+        raise UsageError(
+            "only ONNX models hold recurrent operators", "give an output with -o X.onnx"
+        )
     _check_output(options, output, output_format)
     progress(f"reading {options.model}")
     source = load(options.model, options.signature, options.threads)
@@ -124,10 +170,19 @@ def prune(options: PruneOptions, arguments: Mapping[str, Any], progress: Progres
         elif source.format != "onnx":
             progress("trying whether it converts to ONNX")
             limits = _not_convertible(source)
+        progress("looking for loops and cells to lift")
+        model, lifted = lift_model(model, options.data, options, stack)
+        if options.stage is None:
+            _require_lifts(model)
         require_layers(model)
-        masks, blocked = make_masks(model.layers, options.stage, options.seed, progress)
-        count = source.count()  # before the runtimes hold copies of the weights
-        plan = Plan((options.stage,), options.seed)
+        masks, blocked = dict[str, BoolArray](), dict[str, str]()
+        if options.stage is not None:
+            masks, blocked = make_masks(model.layers, options.stage, options.seed, progress)
+        counts = (  # before the runtimes hold copies of the weights
+            source.count() if source.format == model.format else model.count(),
+            model.count() if model.lifts else None,
+        )
+        plan = Plan((options.stage,) if options.stage else (), options.seed)
         folder = stack.enter_context(_folder_beside(output))
         progress(f"writing {output.name}")
         saved = model.save(masks, folder, output.name, options.export, _note(plan))
@@ -142,11 +197,12 @@ def prune(options: PruneOptions, arguments: Mapping[str, Any], progress: Progres
             data = load_dataset(options.data, original.inputs)
         feeds = _feeds(original, model.layers, data, options.seed)
         claims = [
+            *lifted,
             claim,
             *_verify(source, model, saved, feeds, original, data is None, options.threads),
         ]
         require(claims)
-        run = _Run(options, source, model, saved, original, data, feeds, nonzero, count)
+        run = _Run(options, source, model, saved, original, data, feeds, nonzero, counts)
         files_before, files_after = described.result(), described_after.result()
         progress("comparing the models' outputs")
         quality = _quality(run)
@@ -176,6 +232,7 @@ def prune(options: PruneOptions, arguments: Mapping[str, Any], progress: Progres
                 )
             ),
             environment=measure.environment(options.threads),
+            lifts=model.lifts,
         )
         _move(saved, output, folder)
     return report
@@ -185,25 +242,9 @@ def prune(options: PruneOptions, arguments: Mapping[str, Any], progress: Progres
 
 
 def _check_options(options: PruneOptions) -> None:
-    stage = options.stage
-    found = find_method(stage.method)
-    check_scope(stage.scope)
     check_metric(options.metric)
-    if stage.granularity not in GRANULARITIES:
-        raise UsageError(
-            f"there is no granularity '{stage.granularity}'",
-            closest(stage.granularity, GRANULARITIES),
-        )
-    if stage.granularity not in found.granularities:
-        raise UsageError(
-            f"method '{stage.method}' cannot score granularity '{stage.granularity}'",
-            f"it scores: {', '.join(found.granularities)}",
-        )
-    if not 0 <= stage.sparsity < 1:
-        raise UsageError(
-            f"sparsity {stage.sparsity:g} is not between 0 and 1",
-            "it is the share of weights to remove, such as 0.7",
-        )
+    if options.stage is not None:
+        _check_stage(options.stage)
     if options.export.export not in EXPORTS:
         raise UsageError(
             f"there is no export form '{options.export.export}'",
@@ -226,8 +267,33 @@ def _check_options(options: PruneOptions) -> None:
         )
 
 
-def output_path(model: Path, output: Path | None) -> tuple[Path, str]:
+def _check_stage(stage: Stage) -> None:
+    found = find_method(stage.method)
+    check_scope(stage.scope)
+    if stage.granularity not in GRANULARITIES:
+        raise UsageError(
+            f"there is no granularity '{stage.granularity}'",
+            closest(stage.granularity, GRANULARITIES),
+        )
+    if stage.granularity not in found.granularities:
+        raise UsageError(
+            f"method '{stage.method}' cannot score granularity '{stage.granularity}'",
+            f"it scores: {', '.join(found.granularities)}",
+        )
+    if not 0 <= stage.sparsity < 1:
+        raise UsageError(
+            f"sparsity {stage.sparsity:g} is not between 0 and 1",
+            "it is the share of weights to remove, such as 0.7",
+        )
+
+
+def output_path(model: Path, output: Path | None, what: str = "pruned") -> tuple[Path, str]:
     """Returns where the result goes and its format, from the two paths alone.
+
+    Args:
+        model: The model.
+        output: What the user gave.
+        what: Part of the name if nothing was given.
 
     Raises:
         UsageError: If the format cannot be written from this kind of model.
@@ -237,9 +303,9 @@ def output_path(model: Path, output: Path | None) -> tuple[Path, str]:
     if output is None:
         if model.is_dir():
             named = model.resolve() if model.name in ("", "..") else model
-            return named.with_name(f"{named.name}.pruned"), own
+            return named.with_name(f"{named.name}.{what}"), own
         suffix = model.suffix if from_tensorflow else ".onnx"
-        return model.with_name(f"{model.stem}.pruned{suffix}"), own
+        return model.with_name(f"{model.stem}.{what}{suffix}"), own
     suffix = output.suffix.lower()
     if suffix == ".onnx":
         return output, "onnx"
@@ -365,6 +431,42 @@ def _converted(source: LoadedModel, stack: contextlib.ExitStack) -> LoadedModel:
     return OnnxModel(path, shown_path=source.path)
 
 
+def lift_model(
+    model: LoadedModel, data: Path | None, options: LiftOptions, stack: contextlib.ExitStack
+) -> tuple[LoadedModel, list[Claim]]:
+    """Lifts an ONNX model to a file that lives as long as the stack.
+
+    Args:
+        model: The model; others than ONNX are returned as they are.
+        data: Real inputs to compare on, besides made-up ones.
+        options: The user's.
+        stack: Keeps the file.
+
+    Returns:
+        The model to work on, and the claim that it is the same if it is another.
+    """
+    from rnnprune_cli.lift.apply import lift
+    from rnnprune_cli.onnx_model import OnnxModel
+
+    if not isinstance(model, OnnxModel):
+        return model, []
+
+    def feeds(runner: Runner) -> list[Feed]:
+        made_up = varied_feeds(runner, options.seed)
+        if options.right_padding:
+            made_up = [*map(padded_on_the_right, made_up)]
+        if data is None:
+            return made_up
+        dataset = load_dataset(data, runner.inputs)
+        bounds = list(dataset.batches(_VERIFIED_SAMPLES))
+        bounds = bounds[: _VERIFIED_SAMPLES if dataset.single else 1]
+        return made_up + [dataset.feed(start, stop) for start, stop in bounds]
+
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rnnprune-")))
+    lifted, claim = lift(model, folder, feeds, options.right_padding, options.threads)
+    return lifted, [] if claim is None else [claim]
+
+
 def _not_convertible(source: LoadedModel) -> tuple[str, ...]:
     """Says what is not possible for a TensorFlow model that cannot become ONNX, and why."""
     from rnnprune_cli.tensorflow_model import TensorFlowModel, to_onnx
@@ -378,6 +480,24 @@ def _not_convertible(source: LoadedModel) -> tuple[str, ...]:
 
 
 # Selecting
+
+
+def _require_lifts(model: LoadedModel) -> None:
+    """Raises RnnpruneError if there was nothing to lift, with the first reason."""
+    if model.lifts:
+        return
+    reasons = [f"'{item.name}': {item.reason}" for item in model.skipped]
+    hints = [item.hint for item in model.skipped if item.hint]
+    reasons += [w for w in model.warnings if "is not lifted" in w]
+    if not reasons:
+        raise RnnpruneError(
+            f"nothing in {model.path} has to be lifted: no loop, cell or unrolled chain is written"
+            " out in it",
+            "'rnnprune inspect' shows its recurrent operators",
+        )
+    raise RnnpruneError(
+        f"nothing in {model.path} can be lifted: {reasons[0]}", next(iter(hints), "")
+    )
 
 
 def require_layers(model: LoadedModel) -> None:
@@ -554,7 +674,7 @@ def _verify(
 ) -> list[Claim]:
     claims = model.verify_untouched(saved)
     names = [o.name for o in original.outputs]
-    if model is not source:
+    if model.format != source.format:
         claims.append(_conversion_claim(original, model.open(threads), feeds, names, made_up))
     if model.big and any(claim.claim == UNCHANGED for claim in claims):
         # Held against each other bit by bit; two more copies in memory would prove no more.
@@ -615,7 +735,8 @@ class _Run:
     data: Dataset | None
     feeds: Sequence[Feed]
     nonzero: Mapping[str, int]
-    count: ParameterCount
+    counts: tuple[ParameterCount, ParameterCount | None]
+    """Of the original, and of the model to prune where lifting changed it."""
 
     @functools.cached_property
     def pruned(self) -> Runner:
@@ -695,8 +816,8 @@ def _measured(
     nonzero_after = sum(run.nonzero.get(w.name, w.nonzero) for w in weights)
     macs = sum(layer.macs_per_step for layer in run.model.layers)
     before = Measurement(
-        parameters=run.count.parameters,
-        nonzero=run.count.nonzero,
+        parameters=run.counts[0].parameters,
+        nonzero=run.counts[0].nonzero,
         recurrent_parameters=recurrent,
         recurrent_nonzero=nonzero_before,
         bytes=files_before.bytes,
@@ -705,9 +826,11 @@ def _measured(
         latency_ms=latency_before,
         metric=quality.before,
     )
+    count = run.counts[1] or run.counts[0]
     after = dataclasses.replace(
         before,
-        nonzero=run.count.nonzero - nonzero_before + nonzero_after,
+        parameters=count.parameters,
+        nonzero=count.nonzero - nonzero_before + nonzero_after,
         recurrent_nonzero=nonzero_after,
         bytes=files_after.bytes,
         gzip_bytes=files_after.gzip_bytes,
@@ -726,15 +849,16 @@ def _measured(
 
 
 def _advice(run: _Run, gzip_estimated: bool) -> Iterator[str]:
-    if run.options.stage.sparsity == 0:
+    stage = run.options.stage
+    if stage is not None and stage.sparsity == 0:
         yield "sparsity 0 removes nothing; give --sparsity 0.7 to remove 70 % of the weights"
     if run.data is None:
         yield "inputs were made up: give --data for outputs and a metric that mean something"
     elif not run.data.targets:
         yield "the data has no labels, so no metric was measured: add an array 'labels'"
-    if run.options.stage.sparsity > 0 and run.options.export.export == "dense":
+    if stage is not None and stage.sparsity > 0 and run.options.export.export == "dense":
         yield "zeros are stored like any weight: --export packed makes the file smaller"
-    if run.source.format == run.model.format and run.options.stage.granularity == "weight":
+    if stage is not None and run.source.format == run.model.format:
         yield "runtimes multiply zeros too: removing single weights does not change latency"
     if gzip_estimated:
         yield "the gzipped sizes are estimated from a sample of the files"

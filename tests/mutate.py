@@ -7,7 +7,7 @@ another function of a cell, some leave it as it was, and some make a graph that 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -102,6 +102,18 @@ def random_feed(
     return feed
 
 
+def honest(proto: ModelProto, found: Mapping[str, Array]) -> bool:
+    """Tells whether outputs are finite and have the types and shapes that a model declares."""
+    for value in proto.graph.output:
+        dtype, shape = _kind(value)
+        array = found[value.name]
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            return False
+        if shape is not None and not alike((dtype, array.shape), (dtype, shape)):
+            return False
+    return True
+
+
 # Changing
 
 
@@ -171,7 +183,10 @@ def scopes(proto: ModelProto) -> list[Scope]:
                 info = helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
                 graph.value_info.append(info)
         pending += [a.g for n in graph.node for a in n.attribute if a.HasField("g")]
-    typed = onnx.shape_inference.infer_shapes(typed)
+    try:
+        typed = onnx.shape_inference.infer_shapes(typed)
+    except onnx.shape_inference.InferenceError:
+        pass  # a graph that was changed before
     found: list[Scope] = []
 
     def add(
@@ -623,9 +638,3 @@ def conditioned(
                 gap = float(np.abs(value - expected[name]).max())
                 moved[name] = max(moved[name], 10 * gap)
     return moved
-
-
-def bases(proto: ModelProto) -> Iterator[NodeProto]:
-    """Yields every node of a model."""
-    for scope in scopes(proto):
-        yield from scope.graph.node

@@ -1,48 +1,45 @@
-"""Loops, hand-written cells and unrolled chains → LSTM, GRU and RNN operators."""
+"""Loops, hand-written cells and unrolled chains → LSTM, GRU and RNN operators.
+
+:func:`attempt` rewrites a model; :func:`rnnprune_cli.lift.apply.lift` holds the result against the
+original. One file for each pattern:
+
+1. :mod:`.cell`: a cell written out with MatMul, Sigmoid, … → an operator over one step.
+2. :mod:`.loop`: a Loop or Scan around one-step operators → operators over its sequences.
+3. :mod:`.chain`: one-step operators in a row, with the same weights → one operator.
+4. :mod:`.projection`: the input weights, where they were applied before → part of the operator.
+5. :mod:`.directions`: a forward and a backward operator → one bidirectional operator.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import onnx
 import onnx_ir as ir
 
+from rnnprune_cli.find import is_recurrent
 from rnnprune_cli.graph import subgraphs
-from rnnprune_cli.lift import cell, chain, directions, loop, projection, shapes
+from rnnprune_cli.lift import cell, chain, check, directions, loop, projection, shapes
 from rnnprune_cli.lift.context import Context, tidy
-from rnnprune_cli.model import Skipped
+from rnnprune_cli.lift.iteration import Declined, interface
+from rnnprune_cli.lift.weights import Cell
+from rnnprune_cli.model import Lift, Op, Skipped
 from rnnprune_cli.onnx_file import deserialize, graphs
 
-MAX_INFERRED_BYTES = 1_900 << 20
-
-
-@dataclass(frozen=True)
-class Lift:
-    """One rewrite that was made.
-
-    Attributes:
-        name: The new operator.
-        pattern: ``cell``, ``loop``, ``chain`` or ``directions``.
-        op: LSTM, GRU or RNN.
-        source: The node that it stands for.
-    """
-
-    name: str
-    pattern: str
-    op: str
-    source: str
+NO_CELL_HINT = "only standard LSTM, GRU and RNN cells can become operators, and be pruned"
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """A model after a round of rewriting.
+    """A model after rewriting.
 
     Attributes:
         proto: The model; the one that was given if nothing was lifted.
-        lifts: What was rewritten.
-        declined: What looked recurrent and was left as it is.
+        lifts: What was rewritten, in order.
+        declined: What looks recurrent and was left as it is.
     """
 
     proto: onnx.ModelProto
@@ -59,22 +56,27 @@ def attempt(
 ) -> Attempt:
     """Rewrites whatever can be.
 
+    Every cell is held against its operator before; that the whole model still computes the same
+    is for the caller to see.
+
     Args:
         proto: The model, without functions.
         path: Where its external data lie beside.
-        file_bytes: Size of its files.
+        file_bytes: Size of its files; what constants may expand to depends on it.
         right_padding: Whether the user promises that padding is always on the right.
-        without: Sources to leave as they are.
+        without: Sources of lifts to leave as they are.
     """
-    state = _State(proto, path, file_bytes, right_padding, without)
-    state.cells()
-    state.loops()
-    state.chains()
-    state.sequences()
-    return Attempt(state.proto, tuple(state.lifts), tuple(state.declined.values()))
+    rewriter = _Rewriter(proto, path, file_bytes, right_padding, without)
+    rewriter.cells()
+    rewriter.loops()
+    rewriter.chains()
+    rewriter.sequences()
+    return Attempt(rewriter.proto, tuple(rewriter.lifts), tuple(rewriter.declined.values()))
 
 
-class _State:
+class _Rewriter:
+    """One model on its way; what is known about it is asked anew after every change."""
+
     def __init__(
         self,
         proto: onnx.ModelProto,
@@ -84,151 +86,159 @@ class _State:
         without: frozenset[str],
     ) -> None:
         self.proto = proto
+        self.lifts: list[Lift] = []
+        self.declined: dict[str, Skipped] = {}
         self._path = path
         self._bytes = file_bytes
         self._right_padding = right_padding
         self._without = without
         self._declared = {info.name for graph in graphs(proto) for info in graph.value_info}
-        self.lifts: list[Lift] = []
-        self.declined: dict[str, Skipped] = {}
+        self._in_loops: dict[str, str] = {}
 
     def _context(self) -> Context:
-        proto = self.proto
-        if proto.ByteSize() < MAX_INFERRED_BYTES:
-            try:
-                proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
-            except Exception:  # noqa: BLE001, S110  it raises unrelated types on odd models
-                pass
-        model = deserialize(proto, self._path)
+        model = deserialize(self.proto, self._path)
         shapes.complete(model)
         return Context(model, self._bytes)
 
     def _keep(self, context: Context) -> None:
-        """Takes over a changed model."""
-        for graph in _all_graphs(context.model):
+        """Takes over a changed model, without the shapes that were worked out."""
+        for graph in _all_graphs(context.model.graph):
             graph.sort()
-        proto = ir.to_proto(context.model)
-        for graph in graphs(proto):
-            for info in [v for v in graph.value_info if v.name not in self._declared]:
-                graph.value_info.remove(info)
-        self.proto = proto
+        self.proto = ir.to_proto(context.model)
+        for inner in graphs(self.proto):
+            for info in [v for v in inner.value_info if v.name not in self._declared]:
+                inner.value_info.remove(info)
+
+    def _decline(self, name: str, reason: str, hint: str = "") -> None:
+        self.declined[name] = Skipped(name, reason, hint)
 
     def cells(self) -> None:
+        """Makes one-step operators of hand-written cells."""
         context = self._context()
-        changed = False
-        for graph in _all_graphs(context.model):
-            found, declined = cell.find_cells(graph, context)
-            for name, reason in declined.items():
-                self.declined[name] = Skipped(name, reason, "")
-            checked = []
+        checked: list[tuple[str, Cell]] = []
+        for graph in _all_graphs(context.model.graph):
+            found, reasons = cell.find_cells(graph, context)
             for each in found:
-                source = each.h_next.producer().name or each.h_next.name
+                source = name_of(each.h_next.producer())
                 if source in self._without:
                     continue
-                problem = cell.check(each, context, context.opset)
-                if problem is not None:
-                    self.declined[source] = Skipped(source, problem, "")
-                    continue
-                checked.append((source, each))
-            for source, each in checked:
-                node = cell.write(each, context)
-                self.lifts.append(Lift(node.name, "cell", each.op, source))
-                changed = True
-        if changed:
+                problem = check.check(each, context, context.opset)
+                if problem is None:
+                    checked.append((source, each))
+                else:
+                    reasons[source] = problem
+            owner = context.walker.owner(graph)
+            for name, reason in reasons.items():
+                if owner is not None and owner.op_type in ("Loop", "Scan"):
+                    self._in_loops.setdefault(name_of(owner), reason)
+                else:
+                    self._decline(name, reason, NO_CELL_HINT)
+        for source, each in checked:
+            node = cell.write(each, context)
+            self.lifts.append(Lift(name_of(node), "cell", each.op, source))
+        if checked:
             self._keep(context)
 
     def loops(self) -> None:
-        done: set[str] = set()
+        """Makes operators over sequences of loops, inner ones first."""
+        done = set(self._without)
         while True:
             context = self._context()
             for node in _loops(context.model):
-                name = node.name or node.outputs[0].name
-                if name in done or name in self._without:
+                name = name_of(node)
+                if name in done:
                     continue
                 done.add(name)
-                try:
-                    made = loop.lift_loop(
-                        loop.interface(node, context), context, self._right_padding
-                    )
-                except loop.Declined as declined:
-                    if declined.reason:
-                        self.declined[name] = Skipped(name, declined.reason, declined.hint)
+                body = node.attributes["body"].as_graph()
+                if not any(is_recurrent(inner) for inner in body):
+                    reason = self._in_loops.get(name, "nothing in it has the form of one")
+                    reason = f"its cell is no LSTM, GRU or RNN: {reason}"
+                    self._decline(name, reason, NO_CELL_HINT)
                     continue
-                self.lifts += [Lift(n.name, "loop", n.op_type, name) for n in made]
+                try:
+                    made = loop.lift_loop(interface(node, context), context, self._right_padding)
+                except Declined as declined:
+                    self._decline(name, declined.reason, declined.hint)
+                    continue
+                self.lifts += [Lift(name_of(n), "loop", _op(n), name) for n in made]
                 self._keep(context)
                 break
             else:
                 return
 
-
     def chains(self) -> None:
-        done: set[str] = set()
+        """Makes one operator of each unrolled chain."""
+        done = set(self._without)
         while True:
             context = self._context()
-            for graph in _all_graphs(context.model):
-                for found in chain.find_chains(graph, context):
-                    name = found[0].name or ""
-                    if name in done or name in self._without:
-                        continue
-                    done.add(name)
-                    made = chain.lift_chain(found, context, context.unique(f"{name}/steps"))
-                    self.lifts.append(Lift(made.name, "chain", made.op_type, name))
-                    self._keep(context)
-                    break
-                else:
-                    continue
-                break
-            else:
+            found = [
+                nodes
+                for graph in _all_graphs(context.model.graph)
+                for nodes in chain.find_chains(graph, context)
+                if name_of(nodes[0]) not in done
+            ]
+            if not found:
                 return
-
+            name = name_of(found[0][0])
+            done.add(name)
+            made = chain.lift_chain(found[0], context, context.unique(f"{name}/steps"))
+            self.lifts.append(Lift(name_of(made), "chain", _op(made), name))
+            self._keep(context)
 
     def sequences(self) -> None:
-        """Tidies up after operators over whole sequences: projections, reversals, directions."""
+        """Tidies up around operators over sequences: projections, reversals, directions."""
         made = {lift.name: lift for lift in self.lifts if lift.pattern in ("loop", "chain")}
-        if not made:
-            return
-        self._everywhere(lambda graph, context: self._fold(graph, context, made))
-        self._everywhere(directions.cancel_reversals)
-        self._everywhere(lambda graph, context: self._join(graph, context, made))
-        self._everywhere(tidy)
+        if made:
+            self._everywhere(lambda graph, context: self._fold(graph, context, made))
+            self._everywhere(directions.cancel_reversals)
+            self._everywhere(lambda graph, context: self._join(graph, context, made))
+            self._everywhere(tidy)
 
     def _everywhere(self, change: Callable[[ir.Graph, Context], bool]) -> None:
         context = self._context()
-        if any([change(graph, context) for graph in _all_graphs(context.model)]):
+        if True in [change(graph, context) for graph in _all_graphs(context.model.graph)]:
             self._keep(context)
 
     @staticmethod
     def _fold(graph: ir.Graph, context: Context, made: Mapping[str, Lift]) -> bool:
         nodes = [node for node in graph if node.name in made]
-        return any([projection.fold_projection(node, context) for node in nodes])
+        return True in [projection.fold_projection(node, context) for node in nodes]
 
     def _join(self, graph: ir.Graph, context: Context, made: Mapping[str, Lift]) -> bool:
-        pairs = list(directions.find_pairs(graph, context, made))
-        for forward, backward in pairs:
-            sources = [made[node.name or ""].source for node in (forward, backward)]
-            if f"{sources[0]} + {sources[1]}" in self._without:
-                continue
-            new = directions.join(
-                forward, backward, context, context.unique(_common(forward.name, backward.name))
-            )
-            self.lifts.append(Lift(new.name or "", "directions", new.op_type, " + ".join(sources)))
-        return bool(pairs)
+        changed = False
+        for forward, backward in list(directions.find_pairs(graph, context, made)):
+            names = name_of(forward), name_of(backward)
+            source = " + ".join(made[name].source for name in names)
+            if source not in self._without:
+                name = context.unique(_common(*names))
+                new = directions.join(forward, backward, context, name)
+                self.lifts.append(Lift(name_of(new), "directions", _op(new), source))
+                changed = True
+        return changed
 
 
-def _common(one: str | None, other: str | None) -> str:
+def name_of(node: ir.Node | None) -> str:
+    """Returns the name of a node, or else that of its first output."""
+    return "" if node is None else node.name or node.outputs[0].name or node.op_type
+
+
+def _op(node: ir.Node) -> Op:
+    found: Op = next(op for op in get_args(Op) if op == node.op_type)
+    return found
+
+
+def _common(one: str, other: str) -> str:
     """The path that two names share."""
-    parts = [name.split("/") for name in (one or "", other or "")]
-    shared = [a for a, b in zip(*parts, strict=False) if a == b]
-    return "/".join(shared) or f"{one}_bidirectional"
+    pairs = zip(one.split("/"), other.split("/"), strict=False)
+    return "/".join(a for a, b in pairs if a == b) or f"{one}_bidirectional"
 
 
-def _all_graphs(model: ir.Model) -> list[ir.Graph]:
-    found, pending = [], [model.graph]
-    while pending:
-        graph = pending.pop()
-        found.append(graph)
-        for node in graph:
-            pending.extend(subgraphs(node))
+def _all_graphs(graph: ir.Graph) -> list[ir.Graph]:
+    """A graph and all inside it, in the order in which they appear."""
+    found = [graph]
+    for node in graph:
+        for inner in subgraphs(node):
+            found += _all_graphs(inner)
     return found
 
 
@@ -236,7 +246,7 @@ def _loops(model: ir.Model) -> list[ir.Node]:
     """Every Loop and Scan, inner ones first."""
     return [
         node
-        for graph in reversed(_all_graphs(model))
+        for graph in reversed(_all_graphs(model.graph))
         for node in graph
         if node.op_type in ("Loop", "Scan") and node.domain in ("", "ai.onnx")
     ]

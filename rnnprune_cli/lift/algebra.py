@@ -40,12 +40,13 @@ _PARAMETERS: dict[str, tuple[float | None, float | None]] = {
     "Elu": (1.0, None),
     "HardSigmoid": (0.2, 0.5),
 }
-"""ONNX's activation functions of recurrent operators that are operators too → default α and β."""
+"""ONNX's activation functions of recurrent operators that are operators, too, with their defaults
+of alpha and beta."""
 
 
 @dataclass(frozen=True, order=True)
 class Function:
-    """An activation function as the recurrent operators name it, with α and β where it has them."""
+    """An activation function as the recurrent operators name it."""
 
     name: str
     alpha: float | None = None
@@ -76,10 +77,11 @@ class Leaf:
 
 @dataclass(frozen=True, eq=False)
 class Product:
-    """A value times a constant matrix ``[columns of the value, width]``."""
+    """A value times a constant matrix ``[columns of the value, width]``, and that one's name."""
 
     value: ir.Value
     matrix: Array
+    name: str = ""
 
     @cached_property
     def key(self) -> Key:
@@ -89,7 +91,7 @@ class Product:
 
     def columns(self, low: int, high: int) -> Product:
         """Returns some of the columns."""
-        return Product(self.value, self.matrix[:, low:high])
+        return Product(self.value, self.matrix[:, low:high], self.name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,9 +174,7 @@ class Expression:
 
     def plus(self, other: Expression) -> Expression:
         """Returns the sum of both."""
-        return _collect(
-            _width(self, other), [*self.terms.values(), *other.terms.values()]
-        )
+        return _collect(_width(self, other), [*self.terms.values(), *other.terms.values()])
 
     def times(self, other: Expression) -> Expression:
         """Returns the product of both, element by element."""
@@ -356,17 +356,19 @@ class Algebra:
             return None
         if (rank(node.inputs[0]) or 0) < 2:
             return None
-        return self._product(node.inputs[0], self._kept(node.inputs[1], matrix))
+        return self._product(
+            node.inputs[0], self._kept(node.inputs[1], matrix), self._constant_name(node.inputs[1])
+        )
 
     def _gemm(self, node: ir.Node, _: ir.Value) -> Expression | None:
         matrix = self._layout.constant(node.inputs[1])
         attributes = node.attributes
-        if matrix is None or node.inputs[0] is None or attributes.get_int("transA", 0):
+        if matrix is None or node.inputs[0] is None or attributes.get_int("transA"):
             return None
         matrix = self._kept(node.inputs[1], matrix)
-        if attributes.get_int("transB", 0):
+        if attributes.get_int("transB"):
             matrix = matrix.T
-        total = self._product(node.inputs[0], matrix)
+        total = self._product(node.inputs[0], matrix, self._constant_name(node.inputs[1]))
         alpha, beta = (_float(node, name, 1.0) for name in ("alpha", "beta"))
         if total is not None and alpha != 1:
             total = total.scaled(np.full(1, alpha))
@@ -380,7 +382,17 @@ class Algebra:
         self._keep.extend((value, matrix))
         return matrix
 
-    def _product(self, value: ir.Value, matrix: Array) -> Expression | None:
+    def _constant_name(self, value: ir.Value | None) -> str:
+        """The name of the initializer that a constant is, or is made of alone."""
+        while value is not None:
+            value = self._layout.origin(value)
+            node = value.producer()
+            if node is None or node.op_type not in ("Transpose", "Slice", "Cast", "Reshape"):
+                return value.name or "" if node is None else ""
+            value = node.inputs[0]
+        return ""
+
+    def _product(self, value: ir.Value, matrix: Array, name: str) -> Expression | None:
         """A value times a matrix; what was joined along the rows is taken apart."""
         if matrix.ndim != 2:
             return None
@@ -392,7 +404,7 @@ class Algebra:
                 width = None if part is None else last_dimension(part)
                 if part is None or width is None:
                     return None
-                found = self._product(part, matrix[start : start + width])
+                found = self._product(part, matrix[start : start + width], name)
                 if found is None:
                     return None
                 total, start = found if total is None else total.plus(found), start + width
@@ -401,7 +413,7 @@ class Algebra:
         if row is not None and row.degree == 0:
             coefficient = row.terms[()].coefficient if row.terms else np.zeros(1)
             return constant(np.broadcast_to(coefficient, matrix.shape[0]) @ matrix)
-        term = Term(np.ones(1), (Product(self._unscaled(value), matrix),))
+        term = Term(np.ones(1), (Product(self._unscaled(value), matrix, name),))
         return _collect(matrix.shape[1], [term])
 
     def _unscaled(self, value: ir.Value) -> ir.Value:
@@ -422,7 +434,7 @@ class Algebra:
         whole = None if source is None else self.of(source)
         if source is None or whole is None or not is_last_axis(node, source, 0):
             return None
-        sizes = node.attributes.get_ints("split", None)
+        sizes = list(node.attributes.get_ints("split", ())) or None
         if sizes is None and len(node.inputs) > 1:
             sizes = self._layout.constant_ints(node.inputs[1])
             if sizes is None:
@@ -451,13 +463,14 @@ class Algebra:
             if axis in (-1, ndim - 1):
                 if step != 1:
                     return None
-                low, high, _ = slice(start, end).indices(whole.width)
+                columns = range(whole.width)[start:end]
+                low, high = columns.start, columns.stop
             elif (start, step) != (0, 1) or end < MAX_INT32:
                 return None  # some of the rows
         return whole.columns(low, high) if high > low else None
 
     def _clip(self, node: ir.Node, value: ir.Value) -> Expression | None:
-        """``clip(a · x + b, 0, top)`` is ``top · HardSigmoid(x)`` with α = a/top, β = b/top."""
+        """``clip(a · x + b, 0, top)`` is a HardSigmoid of x with a/top and b/top, times top."""
         found = self._limits(node)
         if found is None:
             return None
@@ -569,6 +582,7 @@ _RULES: dict[str, Rule] = {
     "Min": Algebra._clip,
     "Max": Algebra._clip,
 }
+
 
 def _float(node: ir.Node, name: str, default: float) -> float:
     found = node.attributes.get_float(name, default)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from rnnprune_cli.find import is_recurrent
-from rnnprune_cli.lift.context import Context, static
+from rnnprune_cli.lift.context import Context, depends, static
 from rnnprune_cli.lift.layout import rank
 
 _WEIGHTS = (1, 2, 3, 7)
@@ -54,7 +54,7 @@ def _is_one_step(node: ir.Node, context: Context) -> bool:
         and context.layout.is_one(x, 0)
         and _input(node, 4) is None
         and node.attributes.get_string("direction", "forward") != "bidirectional"
-        and not node.attributes.get_int("layout", 0)
+        and not node.attributes.get_int("layout")
         and all(
             (w := _input(node, k)) is None or context.layout.constant(w) is not None
             for k in _WEIGHTS
@@ -107,25 +107,6 @@ def _cut(chain: list[ir.Node], context: Context) -> Iterator[list[ir.Node]]:
             part = []
         part.append(node)
     yield part
-
-
-def depends(value: ir.Value, on: list[ir.Node]) -> bool:
-    """Tells whether a value is made from the output of one of some nodes."""
-    ids = {id(node) for node in on}
-    pending, seen = [value], set()
-    while pending:
-        node = pending.pop().producer()
-        if node is None or id(node) in seen:
-            continue
-        if id(node) in ids:
-            return True
-        seen.add(id(node))
-        pending.extend(v for v in node.inputs if v is not None)
-        for attribute in node.attributes.values():
-            if attribute.type == ir.AttributeType.GRAPH:
-                for inner in attribute.as_graph().all_nodes():
-                    pending.extend(v for v in inner.inputs if v is not None)
-    return False
 
 
 def _cell_is_read(before: ir.Node, node: ir.Node, context: Context) -> bool:
@@ -237,9 +218,7 @@ def _sequence(chain: list[ir.Node], context: Context) -> tuple[ir.Value, bool]:
     return context.one(before, "Concat", xs, axis=0), False
 
 
-def _replace_outputs(
-    chain: list[ir.Node], new: ir.Node, backwards: bool, context: Context
-) -> None:
+def _replace_outputs(chain: list[ir.Node], new: ir.Node, backwards: bool, context: Context) -> None:
     last = chain[-1]
     steps = len(chain)
     for old, made in zip(last.outputs[1:], new.outputs[1:], strict=False):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -40,8 +41,16 @@ class Context:
         self.opset = self.walker.opset(model.graph)
         self._build = Builder(model.graph, self.opset, True, value_names(model))
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
+        self._positions: dict[int, dict[int, int]] = {}
         self._ints: dict[tuple[int, tuple[int, ...]], ir.Value] = {}
         self._replaced: dict[int, tuple[ir.Value, ir.Value]] = {}
+
+    def position(self, node: ir.Node) -> int:
+        """Returns the place of a node among those of its graph; -1 for nodes added since."""
+        graph = node.graph
+        if graph is not None and id(graph) not in self._positions:
+            self._positions[id(graph)] = {id(n): k for k, n in enumerate(graph)}
+        return -1 if graph is None else self._positions[id(graph)].get(id(node), -1)
 
     # Telling states from inputs
 
@@ -63,9 +72,9 @@ class Context:
             carried = self.carried(loop, source)
             return self.SURE if carried is not None and self._reaches(carried, after) else 0
         main = self.model.graph
-        if source.graph is main and source.is_graph_input() and not source.is_initializer():
-            if any(self._reaches(out, after, layout_only=True) for out in main.outputs):
-                return self.SURE
+        fed = source.graph is main and source.is_graph_input() and not source.is_initializer()
+        if fed and any(self._reaches(out, after, layout_only=True) for out in main.outputs):
+            return self.SURE
         if cell is not None and self.source(cell) is source:
             return 2
         return 1 if source.is_graph_input() or self.layout.constant(source) is not None else 0
@@ -95,7 +104,7 @@ class Context:
     def _reaches(self, end: ir.Value, start: ir.Value, layout_only: bool = False) -> bool:
         """Tells whether a value is made from another without leaving its elements' places."""
         wanted = self.layout.bare(start)
-        pending, seen = [end], set()
+        pending, seen = [end], set[int]()
         allowed = _PARTS | {"Concat"} if layout_only else _PARTS | _CHOOSING
         while pending and len(seen) < _REACH:
             value = self.layout.bare(pending.pop())
@@ -126,9 +135,13 @@ class Context:
         assert isinstance(graph, ir.Graph)
         key = (id(graph), tuple(values))
         if key not in self._ints:
-            name = self.unique("lift/" + "_".join(str(v) if v > _INT64_MIN else "end" for v in values))
+            name = self.unique(
+                "lift/" + "_".join(str(v) if v > _INT64_MIN else "end" for v in values)
+            )
             tensor = ir.tensor(np.array(values, np.int64), name=name)
-            new = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
+            new = ir.Value(
+                name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape([len(values)])
+            )
             new.const_value = tensor
             graph.register_initializer(new)
             self._ints[key] = new
@@ -151,7 +164,7 @@ class Context:
         inputs: Sequence[ir.Value | None],
         outputs: int = 1,
         name: str | None = None,
-        **attributes: int | float | str | list[int] | list[float] | list[str],
+        **attributes: Any,  # noqa: ANN401  whatever an ONNX attribute can be
     ) -> ir.Node:
         """Adds a node before another."""
         new = ir.node(op_type, inputs, attributes=attributes, num_outputs=outputs, name=name)
@@ -167,7 +180,7 @@ class Context:
         before: ir.Node,
         op_type: str,
         inputs: Sequence[ir.Value | None],
-        **attributes: int | float | str | list[int] | list[float] | list[str],
+        **attributes: Any,  # noqa: ANN401  whatever an ONNX attribute can be
     ) -> ir.Value:
         """Adds a node with one output before another, and returns the output."""
         return self.node(before, op_type, inputs, **attributes).outputs[0]
@@ -193,8 +206,15 @@ class Context:
         """Adds a Slice along one axis; a reversal needs opset 10."""
         if self.opset < 10:
             return self.one(before, "Slice", [value], axes=[axis], starts=[start], ends=[end])
-        inputs = [value, self.ints(before, [start]), self.ints(before, [end]), self.ints(before, [axis])]
-        return self.one(before, "Slice", [*inputs, self.ints(before, [step])] if step != 1 else inputs)
+        inputs = [
+            value,
+            self.ints(before, [start]),
+            self.ints(before, [end]),
+            self.ints(before, [axis]),
+        ]
+        return self.one(
+            before, "Slice", [*inputs, self.ints(before, [step])] if step != 1 else inputs
+        )
 
     def reverse(self, before: ir.Node, value: ir.Value) -> ir.Value:
         """Adds the reversal of the first axis."""
@@ -252,6 +272,25 @@ class Context:
 
 def _digest(array: Array) -> bytes:
     return hashlib.sha256(np.ascontiguousarray(array).view(np.uint8).data).digest()
+
+
+def depends(value: ir.Value, on: list[ir.Node]) -> bool:
+    """Tells whether a value is made from the output of one of some nodes."""
+    ids = {id(node) for node in on}
+    pending, seen = [value], set[int]()
+    while pending:
+        node = pending.pop().producer()
+        if node is None or id(node) in seen:
+            continue
+        if id(node) in ids:
+            return True
+        seen.add(id(node))
+        pending.extend(v for v in node.inputs if v is not None)
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.GRAPH:
+                for inner in attribute.as_graph().all_nodes():
+                    pending.extend(v for v in inner.inputs if v is not None)
+    return False
 
 
 def is_flag(value: ir.Value) -> bool:

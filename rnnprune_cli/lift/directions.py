@@ -11,8 +11,7 @@ from collections.abc import Container, Iterator
 import numpy as np
 import onnx_ir as ir
 
-from rnnprune_cli.lift.chain import depends
-from rnnprune_cli.lift.context import Context
+from rnnprune_cli.lift.context import Context, depends
 from rnnprune_cli.lift.layout import rank
 from rnnprune_cli.model import GATES, Array, Op
 
@@ -36,7 +35,7 @@ def cancel_reversals(graph: ir.Graph, context: Context) -> bool:
             order = list(range(rank(source) or 0))
             value, inner = context.layout.origin(source), axis
             while (made := value.producer()) is not None and made.op_type == "Transpose":
-                perm = list(made.attributes.get_ints("perm", None) or order[::-1])
+                perm = list(made.attributes.get_ints("perm", ()) or order[::-1])
                 order = [perm[k] for k in order]
                 inner = perm[inner]
                 if made.inputs[0] is None:
@@ -86,9 +85,7 @@ def _direction(node: ir.Node) -> str:
 def _fit(one: ir.Node, other: ir.Node, context: Context) -> bool:
     def same(k: int) -> bool:
         a, b = _input(one, k), _input(other, k)
-        return (a is None) == (b is None) and (
-            a is None or b is None or _same(a, b, context)
-        )
+        return (a is None) == (b is None) and (a is None or b is None or _same(a, b, context))
 
     def given(k: int) -> bool:
         return (_input(one, k) is None) == (_input(other, k) is None)

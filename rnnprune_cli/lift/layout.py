@@ -109,7 +109,7 @@ class Layout:
 
     def axes(self, node: ir.Node, ndim: int | None) -> list[int] | None:
         """Returns the axes of a Squeeze, Unsqueeze or reduction, not negative."""
-        axes = node.attributes.get_ints("axes", None)
+        axes: list[int] | None = list(node.attributes.get_ints("axes", ())) or None
         if axes is None and len(node.inputs) > 1:
             axes = self.constant_ints(node.inputs[1])
         if axes is None or ndim is None:
@@ -148,7 +148,7 @@ class Layout:
             axes = self.axes(node, ndim)
             return axes is not None and ndim is not None and ndim - 1 not in axes
         if node.op_type == "Transpose" and source.shape is not None:
-            order = list(node.attributes.get_ints("perm", None) or ())
+            order = list(node.attributes.get_ints("perm", ()) or ())
             moved = [a for a in order if source.shape[a] != 1]
             return len(order) == ndim and moved == sorted(moved) and order[-1] == len(order) - 1
         if node.op_type == "Reshape" and source.shape is not None and value.shape is not None:
@@ -186,6 +186,15 @@ class Layout:
                 if name and value.graph is self._walker.model.graph:
                     return {("dimension", name): 1}
                 return {("axis", id(value), axis): 1}
+            if node.op_type in ("Expand", "ConstantOfShape"):
+                target = node.inputs[len(node.inputs) - 1]
+                sizes = None if target is None else self.integers(target)
+                if sizes is not None and len(sizes) == ndim and dict(sizes[axis]) != {ONE: 1}:
+                    return sizes[axis]
+            if node.op_type == "Range":
+                given = [None if v is None else self.integers(v) for v in node.inputs]
+                if given[0] == [{}] and given[2] == [{ONE: 1}] and given[1] is not None:
+                    return given[1][0]
             step = self._dimension_before(node, axis, ndim)
             if step is None:
                 return {("axis", id(value), axis): 1}
@@ -197,12 +206,12 @@ class Layout:
         if source is None:
             return None
         if node.op_type == "Transpose":
-            order = node.attributes.get_ints("perm", None) or range(ndim)[::-1]
+            order = node.attributes.get_ints("perm", ()) or range(ndim)[::-1]
             return source, list(order)[axis]
         if node.op_type in _SAME_SHAPE:
             return source, axis
         if node.op_type in ("MatMul", "Gemm") and axis == 0 and ndim > 1 and rank(source) == ndim:
-            return None if node.attributes.get_int("transA", 0) else (source, axis)
+            return None if node.attributes.get_int("transA") else (source, axis)
         if node.op_type == "MatMul" and axis < ndim - 1 and rank(source) == ndim:
             other = node.inputs[1]
             return (source, axis) if other is not None and rank(other) == 2 else None
@@ -264,7 +273,9 @@ class Layout:
             return [{("value", id(value)): 1}]
         return found
 
-    def _integers_of(self, node: ir.Node, known: Mapping[int, Linear] | None) -> list[Linear] | None:
+    def _integers_of(
+        self, node: ir.Node, known: Mapping[int, Linear] | None
+    ) -> list[Linear] | None:
         if node.op_type == "Shape" and node.inputs[0] is not None:
             ndim = rank(node.inputs[0])
             if ndim is None:
@@ -274,7 +285,16 @@ class Layout:
             ]
             sizes = [self.dimension(node.inputs[0], axis) for axis in axes]
             return [s for s in sizes if s is not None] if None not in sizes else None
-        if node.op_type not in ("Add", "Sub", "Mul", "Div", "Concat", "Gather", "Slice", *_SAME_INTEGERS):
+        if node.op_type not in (
+            "Add",
+            "Sub",
+            "Mul",
+            "Div",
+            "Concat",
+            "Gather",
+            "Slice",
+            *_SAME_INTEGERS,
+        ):
             return None
         given = [None if v is None else self.integers(v, known) for v in node.inputs]
         first = given[0]
@@ -296,7 +316,9 @@ class Layout:
             return None
         if node.op_type == "Div":
             numbers = [part.get(ONE, 0) for part in (first[0], second[0])]
-            known_only = not (set(first[0]) | set(second[0])) - {ONE} and min(numbers) >= 0 < numbers[1]
+            known_only = (
+                not (set(first[0]) | set(second[0])) - {ONE} and min(numbers) >= 0 < numbers[1]
+            )
             return [number(numbers[0] // numbers[1])] if known_only else None
         if node.op_type == "Mul":
             one, other = first[0], second[0]
@@ -322,9 +344,11 @@ class Layout:
             ((axis, (start, end, step)),) = bounds.items()
             size = self.dimension(source, time_axis) or {}
             whole = start == -1 or start >= MAX_INT32 or number(start) == combined(size, {ONE: -1})
-            return source if axis % ndim == time_axis and step == -1 and whole and (
-                end < -MAX_INT32
-            ) else None
+            return (
+                source
+                if axis % ndim == time_axis and step == -1 and whole and (end < -MAX_INT32)
+                else None
+            )
         if node.op_type == "ReverseSequence" and len(node.inputs) == 2:
             if node.attributes.get_int("time_axis", 0) != time_axis or node.inputs[1] is None:
                 return None

@@ -83,7 +83,7 @@ def _projection(value: ir.Value, context: Context) -> _Projection | None:
         if node is None or rank(value) != 3:
             return None
         if node.op_type == "Transpose":
-            if list(node.attributes.get_ints("perm", None) or ()) != [1, 0, 2]:
+            if list(node.attributes.get_ints("perm", ()) or ()) != [1, 0, 2]:
                 return None
         elif node.op_type == "Slice":
             bounds = context.layout.slice_bounds(node)

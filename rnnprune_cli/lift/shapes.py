@@ -28,7 +28,9 @@ def complete(model: ir.Model) -> None:
 
 def _graph(graph: ir.Graph, versions: dict[str, int]) -> None:
     for node in graph:
-        bodies = [a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
+        bodies = [
+            a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH
+        ]
         if node.op_type in ("Loop", "Scan") and bodies:
             _enter(node, bodies[0])
         for body in bodies:
@@ -63,7 +65,7 @@ def _node(node: ir.Node, versions: dict[str, int]) -> None:
             data,
             opset_imports=[onnx.helper.make_opsetid(d, v) for d, v in versions.items()],
         )
-    except Exception:  # noqa: BLE001  unrelated types where a node contradicts its inputs
+    except Exception:  # unrelated types where a node contradicts its inputs
         return
     for value in node.outputs:
         inferred = found.get(value.name or "")
@@ -93,7 +95,9 @@ def _enter(node: ir.Node, body: ir.Graph) -> None:
     """Gives a body's inputs what is known from outside."""
     inputs = list(node.inputs)
     if node.op_type == "Loop":
-        for value, dtype in zip(body.inputs[:2], (ir.DataType.INT64, ir.DataType.BOOL), strict=True):
+        for value, dtype in zip(
+            body.inputs[:2], (ir.DataType.INT64, ir.DataType.BOOL), strict=True
+        ):
             value.type = value.type or ir.TensorType(dtype)
             value.shape = ir.Shape([]) if value.shape is None else value.shape
         for before, outer in zip(body.inputs[2:], inputs[2:], strict=False):
@@ -101,7 +105,7 @@ def _enter(node: ir.Node, body: ir.Graph) -> None:
         return
     scanned = node.attributes.get_int("num_scan_inputs", 0) or 0
     states = len(inputs) - scanned
-    axes = list(node.attributes.get_ints("scan_input_axes", None) or [0] * scanned)
+    axes = list(node.attributes.get_ints("scan_input_axes", ()) or [0] * scanned)
     for k, (before, outer) in enumerate(zip(body.inputs, inputs, strict=False)):
         if k < states:
             _hand_on(before, outer)

@@ -63,6 +63,7 @@ def inspect_document(model: LoadedModel, arguments: Mapping[str, Any]) -> dict[s
             }
             for layer in model.layers
         ],
+        "lifts": [dataclasses.asdict(lift) for lift in model.lifts],
         "skipped": [dataclasses.asdict(s) for s in model.skipped],
         "warnings": list(model.warnings),
     }

@@ -12,6 +12,7 @@ from rich.text import Text
 from rnnprune_cli.errors import printable
 from rnnprune_cli.methods import Method
 from rnnprune_cli.model import (
+    Lift,
     LoadedModel,
     Measurement,
     RecurrentLayer,
@@ -49,6 +50,8 @@ def report_table(report: Report) -> RenderableType:
 
 
 def _plan(report: Report) -> str:
+    if not report.plan.stages:
+        return "lifted"
     return "; ".join(
         f"{s.method}, {s.granularity} by {s.scope}, sparsity {s.sparsity:g}"
         for s in report.plan.stages
@@ -106,9 +109,22 @@ def _layers(report: Report) -> Table:
             _count(row.nonzero_after),
             f"{row.sparsity:.4f}",
             "/".join(dict.fromkeys(row.stored)),
-            row.blocked or "",
+            row.blocked or _was(row.name, report.lifts),
         )
     return table
+
+
+_WAS = {
+    "cell": "was a hand-written cell",
+    "loop": "was a loop",
+    "chain": "was an unrolled chain",
+    "directions": "was a pair, one for each direction",
+}
+
+
+def _was(name: str, lifts: Sequence[Lift]) -> str:
+    """Says what a lifted layer was; the last lift of a name is the one that stands."""
+    return next((_WAS[lift.pattern] for lift in reversed(lifts) if lift.name == name), "")
 
 
 def _fidelity(report: Report) -> Table:
@@ -150,7 +166,7 @@ def inspect_table(model: LoadedModel) -> RenderableType:
         Text.assemble((printable(str(model.path)), "bold"), f"   {head}")
     ]
     table = _table(
-        "layer", "op", "inputs", "hidden", "weights", "zeros", "shares", right=(2, 3, 4, 5)
+        "layer", "op", "inputs", "hidden", "weights", "zeros", "shares", "", right=(2, 3, 4, 5)
     )
     owners: dict[str, str] = {}
     for layer in model.layers:
@@ -165,6 +181,7 @@ def inspect_table(model: LoadedModel) -> RenderableType:
             _count(layer.macs_per_step),
             f"{zeros(layer):.3f}",
             f"weights of {', '.join(shared)}" if shared else "",
+            _was(layer.name, model.lifts),
         )
     if model.layers:
         parts.append(table)

@@ -1,0 +1,183 @@
+"""The mask of a loop over padded sequences → ``sequence_lens`` of an operator.
+
+``sequence_lens`` stands for a mask only where all padding is on the right. Where the mask is made
+of lengths, that is so; elsewhere the user has to promise it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Set
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from rnnprune_cli.lift.body import sequence_of
+from rnnprune_cli.lift.context import Context
+from rnnprune_cli.lift.iteration import STEP, Declined, Interface, Sequence
+from rnnprune_cli.lift.layout import rank
+
+MASKED = (
+    "steps of padded sequences are masked, which an operator does only where all padding is on the"
+    " right"
+)
+MASKED_HINT = "if it always is, say so with --assume-right-padding"
+_MIN_OPSET_LENGTHS = 12
+"""Min and Max of integers."""
+
+
+@dataclass(frozen=True, eq=False)
+class Mask(ABC):
+    """Which steps count.
+
+    Attributes:
+        flag: The boolean of one step in the loop's body, True where it counts.
+        exact: Whether all padding is known to be on the right.
+    """
+
+    flag: ir.Value
+    exact: bool
+
+    @abstractmethod
+    def lengths(self, before: ir.Node, context: Context) -> ir.Value:
+        """Adds the number of steps that count in each sequence, ``[N]`` int32."""
+
+    @abstractmethod
+    def steps(self, before: ir.Node, context: Context) -> tuple[ir.Value, int]:
+        """Adds the mask of all steps, ``[T, N]`` or ``[T, N, 1]``, and tells its rank."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Given(Mask):
+    """A sequence of booleans."""
+
+    value: ir.Value
+
+    def lengths(self, before: ir.Node, context: Context) -> ir.Value:
+        """Counts the steps; see :meth:`Mask.lengths`."""
+        counted = context.one(before, "Cast", [self.value], to=ir.DataType.INT32.value)
+        if context.opset >= 13:
+            inputs = [counted, context.ints(before, [0])]
+            total = context.one(before, "ReduceSum", inputs, keepdims=0)
+        else:
+            total = context.one(before, "ReduceSum", [counted], axes=[0], keepdims=0)
+        lengths = context.one(before, "Reshape", [total, context.ints(before, [-1])])
+        for value in (counted, total, lengths):
+            value.type = ir.TensorType(ir.DataType.INT32)
+        return lengths
+
+    def steps(self, before: ir.Node, context: Context) -> tuple[ir.Value, int]:
+        """Returns the sequence; see :meth:`Mask.steps`."""
+        return self.value, rank(self.value) or 0
+
+
+@dataclass(frozen=True, eq=False)
+class _Counted(Mask):
+    """Lengths ``[N]`` or ``[N, 1]`` of any numeric type, that the number of the step is held to."""
+
+    value: ir.Value
+    x: Sequence
+
+    def lengths(self, before: ir.Node, context: Context) -> ir.Value:
+        """Limits the lengths to what there is; see :meth:`Mask.lengths`."""
+        flat = context.one(before, "Reshape", [self.value, context.ints(before, [-1])])
+        flat.type = self.value.type
+        whole = context.one(before, "Cast", [flat], to=ir.DataType.INT32.value)
+        shape = context.one(before, "Shape", [self.x.value])
+        shape.type = ir.TensorType(ir.DataType.INT64)
+        size = context.slice(before, shape, 0, self.x.axis, self.x.axis + 1)
+        most = context.one(before, "Cast", [size], to=ir.DataType.INT32.value)
+        least = context.constant("lift/none", np.zeros(1, np.int32))
+        limited = context.one(before, "Min", [whole, most])
+        lengths = context.one(before, "Max", [limited, least])
+        size.type = shape.type
+        for value in (whole, most, limited, lengths):
+            value.type = ir.TensorType(ir.DataType.INT32)
+        return lengths
+
+    def steps(self, before: ir.Node, context: Context) -> tuple[ir.Value, int]:
+        """Compares every step's number with the lengths; see :meth:`Mask.steps`."""
+        shape = context.one(before, "Shape", [self.x.value])
+        index = context.constant(f"lift/axis{self.x.axis}", np.array(self.x.axis, np.int64))
+        size = context.one(before, "Gather", [shape, index], axis=0)
+        first, one = (context.constant(f"lift/{k}", np.array(k, np.int64)) for k in (0, 1))
+        numbers = context.one(before, "Range", [first, size, one])
+        for value in (shape, size, numbers):
+            value.type = ir.TensorType(ir.DataType.INT64)
+        column = context.unsqueeze(before, numbers, [1])
+        row = context.one(before, "Reshape", [self.value, context.ints(before, [1, -1])])
+        column.type, row.type = numbers.type, self.value.type
+        if row.type != column.type:
+            row = context.one(before, "Cast", [row], to=ir.DataType.INT64.value)
+            row.type = column.type
+        steps = context.one(before, "Less", [column, row])
+        steps.type = ir.TensorType(ir.DataType.BOOL)
+        return steps, 2
+
+
+def find_mask(flag: ir.Value, loop: Interface, context: Context, flips: Set[bool]) -> Mask:
+    """Finds the mask of all steps.
+
+    Args:
+        flag: The boolean of one step.
+        loop: The loop.
+        context: The model.
+        flips: Whether the loop's sequences are read backwards.
+
+    Raises:
+        Declined: If it is not one step of a mask, or not reversed as the sequences are.
+    """
+    if len(flips) > 1:
+        raise Declined("it reads masked sequences in both directions")
+    (backwards,) = flips
+    lengths = _lengths(flag, loop, context)
+    if lengths is not None:
+        if backwards:
+            raise Declined("it counts the steps of a reversed sequence")
+        if context.opset < _MIN_OPSET_LENGTHS:
+            raise Declined(f"opset {context.opset} cannot limit lengths (needs 12)")
+        return _Counted(flag, True, lengths, _any_sequence(loop, context))
+    try:
+        steps = sequence_of(flag, loop, context)
+    except Declined:
+        raise Declined("it masks steps by something that is not one step of a mask") from None
+    if steps.axis != 0 or rank(steps.value) not in (2, 3):
+        raise Declined("its mask is not time-major")
+    if loop.steps is not None and context.layout.dimension(steps.value, 0) != loop.steps:
+        raise Declined("its mask may have another length than it has steps")
+    value, flipped = steps.value, steps.backwards
+    while (source := context.layout.reversed_from(value, 0)) is not None:
+        value, flipped = source, not flipped
+    if flipped != backwards:
+        raise Declined("its mask and its sequence run in different directions")
+    return _Given(flag, False, value)
+
+
+def _lengths(flag: ir.Value, loop: Interface, context: Context) -> ir.Value | None:
+    """Returns the lengths that the number of the step is compared with."""
+    node = flag.producer()
+    if node is None or node.op_type not in ("Less", "Greater") or node.graph is not loop.body:
+        return None
+    step, lengths = node.inputs if node.op_type == "Less" else node.inputs[::-1]
+    if step is None or lengths is None or context.layout.integers(step, loop.known) != [{STEP: 1}]:
+        return None
+    lengths = context.layout.bare(lengths)
+    while (made := lengths.producer()) is not None and made.graph is loop.body:
+        if made.op_type not in ("Unsqueeze", "Cast", "Reshape") or made.inputs[0] is None:
+            return None
+        lengths = context.layout.bare(made.inputs[0])
+    return None if lengths.graph is loop.body else lengths
+
+
+def _any_sequence(loop: Interface, context: Context) -> Sequence:
+    """Returns a sequence that has as many steps as the loop."""
+    for node in loop.body:
+        if node.op_type == "Gather":
+            try:
+                return sequence_of(node.outputs[0], loop, context)
+            except Declined:
+                continue
+    if loop.scanned:
+        return next(iter(loop.scanned.values()))
+    raise Declined("it reads no sequence")

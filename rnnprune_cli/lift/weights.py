@@ -1,0 +1,283 @@
+"""A recognised cell → the weights of its operator.
+
+1. Tell the state from the input, among the values that the gates read.
+2. Add up the matrices that each of them is multiplied with.
+3. Put the gates in the operator's order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from rnnprune_cli.lift.algebra import (
+    Function,
+    Key,
+    Leaf,
+    Product,
+)
+from rnnprune_cli.lift.context import Context
+from rnnprune_cli.lift.equations import Form, Gate, kernel, readings
+from rnnprune_cli.model import Array, Op
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """A recognised cell with the weights of its operator.
+
+    Attributes:
+        op: The operator.
+        hidden: Number of units.
+        functions: ONNX's ``activations``.
+        linear_before_reset: As in ONNX's GRU.
+        x: The inputs, to be joined along the last axis; each ``[N, ·]``, or with axes of size 1
+            before.
+        h: State before. None: zero (the first step of a chain from which it was removed).
+        c: LSTM: cell state before.
+        h_next: State after.
+        c_next: LSTM: cell state after.
+        w: ``[1, gates · hidden, inputs]``.
+        r: ``[1, gates · hidden, hidden]``.
+        b: ``[1, 2 · gates · hidden]``.
+        p: LSTM: ``[1, 3 · hidden]`` peepholes, or None.
+        kernel: See :func:`kernel`.
+        weights: Names of the initializers that it multiplies with.
+    """
+
+    op: Op
+    hidden: int
+    functions: tuple[Function, ...]
+    linear_before_reset: bool
+    x: tuple[ir.Value, ...]
+    h: ir.Value | None
+    c: ir.Value | None
+    h_next: ir.Value
+    c_next: ir.Value | None
+    w: Array
+    r: Array
+    b: Array
+    p: Array | None
+    kernel: frozenset[Key]
+    weights: tuple[str, ...]
+
+
+def split_state(form: Form, h_next: ir.Value, context: Context, earlier: Earlier) -> Cell | str:
+    """Tells state from input and puts the weights together.
+
+    Returns:
+        The cell, or a sentence saying why it is none.
+    """
+    bases = _bases(form, context)
+    hidden = form.hidden
+    state = form.state
+    if state is None and not form.from_zero:
+        found = _state(form, h_next, bases, context, earlier)
+        if isinstance(found, str):
+            return found
+        state = found
+    key = 0 if state is None else id(context.layout.bare(state))
+    inputs = [v for k, v in bases.items() if k != key]
+    if not inputs:
+        return "it has no input besides its state"
+    if form.reset_state is not None:
+        skip = id(context.layout.bare(form.reset_state))
+        inputs = [v for v in inputs if id(context.layout.bare(v)) != skip]
+    if not inputs:
+        return "it has no input besides its state"
+    blocks_w, blocks_r, bias_w, bias_r = [], [], [], []
+    peepholes: list[Array | None] = []
+    cell = None if form.cell is None else id(context.layout.bare(form.cell))
+    for number, each in enumerate(form.gates):
+        gathered = _gather(each, context)
+        last = form.op == "GRU" and number == 2
+        peepholes.append(None)
+        if (
+            cell is not None
+            and cell in gathered
+            and cell != key
+            and cell not in {id(context.layout.bare(v)) for v in inputs}
+        ):
+            diagonal = _diagonal(gathered.pop(cell), hidden)
+            if diagonal is None or number in (1, 3):
+                return "its cell state enters a gate where no peephole is"
+            peepholes[-1] = diagonal
+        if last and form.reset_state is not None:
+            if key in gathered:
+                return "its candidate reads the state past the reset gate"
+            key_r = id(context.layout.bare(form.reset_state))
+            recurrent = gathered.pop(key_r, None)
+        elif last and form.recurrent is not None:
+            if key in gathered:
+                return "its candidate reads the state past the reset gate"
+            inner = _gather(form.recurrent, context)
+            recurrent = inner.pop(key, None)
+            if inner:
+                return "its reset gate multiplies more than the state"
+        elif form.from_zero:
+            recurrent = None
+        else:
+            recurrent = gathered.pop(key, None)
+        parts = []
+        for v in inputs:
+            width = _width(v, form, context)
+            if width is None:
+                return f"the width of '{v.name}' is not known"
+            matrix = gathered.pop(id(context.layout.bare(v)), np.zeros((width, hidden), np.float32))
+            if matrix.shape != (width, hidden):
+                return f"'{v.name}' enters its gates with different widths"
+            parts.append(matrix)
+        if gathered:
+            return "its gates read values that are neither input nor state"
+        if recurrent is None:
+            recurrent = np.zeros((hidden, hidden), np.float32)
+        if recurrent.shape != (hidden, hidden):
+            return "its state has another width than its gates"
+        blocks_w.append(np.concatenate(parts).T)
+        blocks_r.append(recurrent.T)
+        bias_w.append(np.broadcast_to(each.bias, hidden))
+        inside = form.recurrent.bias if last and form.recurrent is not None else np.zeros(1)
+        bias_r.append(np.broadcast_to(inside, hidden))
+    if not form.from_zero and not any(block.any() for block in blocks_r):
+        return "its state does not enter its gates"
+    p = None
+    if form.op == "LSTM":
+        peepholes[1] = form.output_peephole
+        if any(one is not None for one in peepholes[:3]):
+            p = np.stack([np.broadcast_to(0.0 if q is None else q, hidden) for q in peepholes[:3]])
+            p = p.reshape(1, -1).astype(np.float32)
+    return Cell(
+        form.op,
+        hidden,
+        form.functions,
+        form.op == "GRU" and form.recurrent is not None,
+        tuple(inputs),
+        state,
+        form.cell,
+        h_next,
+        form.cell_next,
+        np.ascontiguousarray(np.concatenate(blocks_w)[None], np.float32),
+        np.ascontiguousarray(np.concatenate(blocks_r)[None], np.float32),
+        np.concatenate([*bias_w, *bias_r])[None].astype(np.float32),
+        p,
+        kernel(form),
+        tuple(t.factors[0].name for t in readings(form) if isinstance(t.factors[0], Product)),
+    )
+
+
+def _bases(form: Form, context: Context) -> dict[int, ir.Value]:
+    """The values that the gates read: id without axes of size 1 → value."""
+    found: dict[int, ir.Value] = {}
+    for term in readings(form):
+        factor = term.factors[0]
+        assert isinstance(factor, Leaf | Product)
+        bare = context.layout.bare(factor.value)
+        on_cell = form.cell is not None and bare is context.layout.bare(form.cell)
+        if on_cell and isinstance(factor, Leaf):
+            continue  # a peephole
+        found.setdefault(id(bare), factor.value)
+    return found
+
+
+def _width(value: ir.Value, form: Form, context: Context) -> int | None:
+    for term in readings(form):
+        factor = term.factors[0]
+        assert isinstance(factor, Leaf | Product)
+        if context.layout.bare(factor.value) is context.layout.bare(value):
+            if isinstance(factor, Product):
+                return int(factor.matrix.shape[0])
+            last = factor.value.shape[-1] if factor.value.shape is not None else None
+            return last if isinstance(last, int) else None
+    return None
+
+
+def _gather(each: Gate, context: Context) -> dict[int, Array]:
+    """Adds up the matrices of each value: id without axes of size 1 → ``[columns, hidden]``."""
+    found: dict[int, Array] = {}
+    for term in (*each.products.values(), *each.columns.values()):
+        factor = term.factors[0]
+        if isinstance(factor, Product):
+            matrix = factor.matrix
+            if not (term.coefficient == 1).all():
+                matrix = (matrix * term.coefficient).astype(matrix.dtype)
+        else:
+            assert isinstance(factor, Leaf) and factor.value.shape is not None
+            matrix = np.zeros((int(factor.value.shape[-1]), factor.width), np.float32)  # type: ignore[arg-type]
+            at = np.arange(factor.width)
+            matrix[factor.start + at, at] = term.coefficient
+        key = id(context.layout.bare(factor.value))
+        found[key] = matrix if key not in found else found[key] + matrix
+    return found
+
+
+def _diagonal(matrix: Array, hidden: int) -> Array | None:
+    if matrix.shape != (hidden, hidden):
+        return None
+    diagonal: Array = np.diagonal(matrix).copy()
+    return diagonal if np.count_nonzero(matrix) == np.count_nonzero(diagonal) else None
+
+
+@dataclass(frozen=True, eq=False)
+class Earlier:
+    """Candidates that come before in the same graph: how an unrolled chain shows."""
+
+    h_next: dict[int, tuple[Form, frozenset[Key], ir.Value]]
+    """id of a new state → its form, :func:`kernel`, and itself."""
+    c_next: dict[int, ir.Value]
+    """id of a new cell state → the hidden state of the same step."""
+    certain: set[int]
+    """id of every form whose result a later step of the same weights reads as its state."""
+
+
+def _state(
+    form: Form, h_next: ir.Value, bases: dict[int, ir.Value], context: Context, earlier: Earlier
+) -> ir.Value | str:
+    """Finds the state among the values that the gates of an LSTM or RNN read."""
+    hidden = form.hidden
+    wide = {k: v for k, v in bases.items() if _width(v, form, context) == hidden}
+    if len(bases) < 2 or not wide:
+        return "its gates read no state"
+    if form.cell is not None:
+        before = earlier.c_next.get(id(context.layout.bare(form.cell)))
+        if before is not None and id(before) in wide:
+            return wide[id(before)]
+    own = kernel(form)
+    for key, value in () if form.functions[0].name == "Affine" else wide.items():
+        before_form = earlier.h_next.get(key)
+        if before_form is not None and before_form[1] == own:
+            return value
+    for key, value in () if form.functions[0].name == "Affine" else wide.items():
+        # The first step of a chain lacks the product with a state that is zero.
+        before_form = earlier.h_next.get(key)
+        if before_form is not None and before_form[0].op == form.op and before_form[1] < own:
+            return value
+    scores = {k: context.likeness(v, form.cell, h_next) for k, v in wide.items()}
+    best = max(reversed(scores), key=lambda k: scores[k])  # of equals the later: x first, then h
+    if form.op == "RNN" and scores[best] < context.SURE and id(form) not in earlier.certain:
+        return "nothing shows which of its inputs is a state"
+    return wide[best]
+
+
+_DEFAULTS: dict[Op, tuple[Function, ...]] = {
+    "LSTM": (Function("Sigmoid"), Function("Tanh"), Function("Tanh")),
+    "GRU": (Function("Sigmoid"), Function("Tanh")),
+    "RNN": (Function("Tanh"),),
+}
+
+
+def attributes(cell: Cell) -> dict[str, Any]:
+    """Returns the attributes of the operator that stands for a cell."""
+    found: dict[str, Any] = {"hidden_size": cell.hidden}
+    if cell.functions != _DEFAULTS[cell.op]:
+        found["activations"] = [f.name for f in cell.functions]
+        alphas = [f.alpha for f in cell.functions if f.alpha is not None]
+        betas = [f.beta for f in cell.functions if f.beta is not None]
+        if alphas:
+            found["activation_alpha"] = alphas
+        if betas:
+            found["activation_beta"] = betas
+    if cell.linear_before_reset:
+        found["linear_before_reset"] = 1
+    return found

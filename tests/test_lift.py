@@ -1,0 +1,323 @@
+"""Loops, cells and chains of exporters become operators that compute the same. See tests/graphs."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import product
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from conftest import GRAPHS
+from mutate import Feed, conditioned, honest, mutate, outputs, random_feed, session
+
+from rnnprune_cli.lift import Attempt, attempt
+from rnnprune_cli.onnx_file import graphs, read_proto
+
+KERAS: dict[str, Any] = json.loads((GRAPHS / "keras_loops" / "index.json").read_text())
+CELLS: dict[str, Any] = json.loads((GRAPHS / "cells" / "index.json").read_text())
+OTHERS: dict[str, Any] = json.loads((GRAPHS / "index.json").read_text())
+
+LIBRARIES = ("keras2", "keras3")
+KINDS = ("lstm", "gru_after", "gru_before", "rnn")
+VARIANTS = ("default", "hard_sigmoid", "relu")
+LENGTHS = ("static", "dynamic")
+BRANCHES = ("uni_last", "uni_seq", "bi_last", "bi_seq")
+TABLE = {"_".join(parts) for parts in product(LIBRARIES, KINDS, VARIANTS, LENGTHS)}
+MASKED = sorted(name for name in KERAS if "_masked_" in name)
+EXTRAS = sorted(KERAS.keys() - TABLE - set(MASKED))
+LOOPS_LEFT = {
+    # No operator has their cell.
+    **dict.fromkeys(("keras2_norm_cell", "keras3_norm_cell"), 1),
+    # ``linear`` and ``swish`` are no activations of the operators in onnxruntime.
+    **dict.fromkeys(("keras2_activations_rnn", "keras3_activations_rnn"), 2),
+}
+
+NO_OPERATOR = {
+    name
+    for name in CELLS
+    if name.endswith(("_double", "_half", "_norm"))
+    or name.removeprefix("step_")
+    in ("dense", "highway", "lstm_projection", "gru_wrong_mix", "lstm_tanh_forget")
+    or name == "step_lstm_weights_fed"
+}
+"""Cells that are no operator's."""
+MAY_BE = {"step_gru_one_gate", "step_lstm_wrong_state", "step_lstm_gate_output"}
+"""Cells that are an operator's after all: two gates are one, c is h, or a gate is read as well."""
+TWICE = ("bidirectional", "if_different", "if_inside", "if_shared", "stacked", "two_layers")
+TWICE = (*TWICE, "two_ways")
+"""Cells with two layers, directions or branches."""
+
+ATOL = 1e-5
+T, N = 7, 3
+"""Steps and rows in the stored feeds."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tried:
+    """A graph before and after, with a feed and what its exporter's framework gave for it."""
+
+    before: onnx.ModelProto
+    attempt: Attempt
+    feed: Feed
+    expected: Feed
+
+    @property
+    def ops(self) -> Counter[str]:
+        """Counts the recurrent operators and loops that are there after."""
+        nodes = (n for graph in graphs(self.attempt.proto) for n in graph.node)
+        return Counter(n.op_type for n in nodes if n.op_type in (*RECURRENT, *LOOPS))
+
+    @property
+    def operators(self) -> int:
+        return sum(self.ops[op] for op in RECURRENT)
+
+    @property
+    def loops(self) -> int:
+        return sum(self.ops[op] for op in LOOPS)
+
+
+RECURRENT = ("LSTM", "GRU", "RNN")
+LOOPS = ("Loop", "Scan")
+
+
+@lru_cache(maxsize=None)
+def tried(name: str, right_padding: bool = False) -> Tried:
+    path = GRAPHS / f"{name}.onnx"
+    proto = read_proto(path)
+    data = np.load(path.with_suffix(".npz"))
+    feed, expected = (
+        {k.removeprefix(start): data[k] for k in data.files if k.startswith(start)}
+        for start in ("input:", "output:")
+    )
+    made = attempt(proto, path, path.stat().st_size, right_padding)
+    return Tried(proto, made, feed, expected)
+
+
+@lru_cache(maxsize=None)
+def opened(name: str, right_padding: bool = False) -> ort.InferenceSession:
+    made = tried(name, right_padding)
+    onnx.checker.check_model(made.attempt.proto, full_check=True)
+    return session(made.attempt.proto)
+
+
+@lru_cache(maxsize=None)
+def results(name: str, right_padding: bool = False) -> Feed:
+    return outputs(opened(name, right_padding), tried(name, right_padding).feed)
+
+
+@lru_cache(maxsize=None)
+def results_of_other_sizes(name: str, steps: int, rows: int) -> tuple[Feed, Feed]:
+    """Outputs before and after for random inputs."""
+    made = tried(name)
+    rng = np.random.default_rng(0)
+    feed = random_feed(made.before, made.feed, rng, {T: steps, N: rows})
+    return outputs(session(made.before), feed), outputs(opened(name), feed)
+
+
+def assert_near(found: Feed, expected: Mapping[str, np.ndarray], atol: float = ATOL) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype
+        assert found[name].shape == value.shape
+        if value.dtype.kind == "f" and value.size:
+            worst = float(np.abs(found[name] - value).max())
+            assert worst <= atol * max(1.0, float(np.abs(value).max())), name
+        else:
+            assert (found[name] == value).all(), name
+
+
+# The table of Keras layers
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_keras_layer_becomes_operators_that_give_what_keras_gives(
+    library: str, kind: str, variant: str, length: str, branch: str
+) -> None:
+    name = f"keras_loops/{library}_{kind}_{variant}_{length}"
+    made = tried(name)
+    assert not made.loops
+    assert set(made.ops) == {"RNN" if kind == "rnn" else kind[:4].strip("_").upper()}
+    assert_near(
+        {branch: results(name)[branch]}, {branch: made.expected[branch]}
+    )
+    if length == "dynamic":
+        before, after = results_of_other_sizes(name, 3, 2)
+        assert_near({branch: after[branch]}, {branch: before[branch]})
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_masked_layer_stays_a_loop_without_a_promise(name: str) -> None:
+    made = tried(f"keras_loops/{name}")
+    assert made.loops == len(KERAS[name]["loops"])
+    assert len(made.attempt.declined) == made.loops
+    assert all("--assume-right-padding" in skipped.hint for skipped in made.attempt.declined)
+    assert_near(results(f"keras_loops/{name}"), made.expected)
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_masked_layer_becomes_an_operator_if_padding_is_promised_on_the_right(name: str) -> None:
+    made = tried(f"keras_loops/{name}", True)
+    assert not made.loops
+    assert made.operators <= len(KERAS[name]["loops"])
+    assert not made.attempt.declined
+    assert_near(results(f"keras_loops/{name}", True), made.expected)
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_masked_layer_may_have_empty_and_full_sequences(name: str) -> None:
+    made = tried(f"keras_loops/{name}", True)
+    feed = random_feed(made.before, made.feed, np.random.default_rng(1), {T: 5, N: 4})
+    for value in feed.values():
+        for row, length in enumerate((0, 5, 1, 3)):
+            value[row, length:] = 0
+    assert_near(
+        outputs(opened(f"keras_loops/{name}", True), feed), outputs(session(made.before), feed)
+    )
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_other_keras_model_gives_what_keras_gives(name: str) -> None:
+    made = tried(f"keras_loops/{name}")
+    assert made.loops == LOOPS_LEFT.get(name, 0), made.attempt.declined
+    assert_near(results(f"keras_loops/{name}"), made.expected)
+
+
+# Cells written out
+
+
+@pytest.mark.parametrize("name", sorted(CELLS))
+def test_cell_gives_what_it_gave(name: str) -> None:
+    made = tried(f"cells/{name}")
+    atol = max(CELLS[name]["atol"], ATOL)
+    assert_near(results(f"cells/{name}"), made.expected, atol)
+    before, after = results_of_other_sizes(f"cells/{name}", T, 2 * N)
+    assert_near(after, before, atol)
+
+
+@pytest.mark.parametrize("name", sorted(CELLS))
+def test_cell_becomes_as_many_operators_as_it_has_layers(name: str) -> None:
+    made = tried(f"cells/{name}")
+    idiom, unrolled = CELLS[name]["idiom"], name.startswith("unrolled_")
+    if name in NO_OPERATOR:
+        assert idiom.startswith("DECLINED")
+        assert not made.operators
+        assert not made.attempt.lifts
+    elif idiom.startswith("DECLINED"):
+        assert name in MAY_BE or made.loops == len(CELLS[name]["loops"])
+    elif idiom.startswith("CELL ONLY"):
+        assert made.loops == len(CELLS[name]["loops"])
+        assert made.operators >= (2 if unrolled else 1)
+    else:
+        assert not made.loops, made.attempt.declined
+        assert 1 <= made.operators <= (2 if name.endswith(TWICE) else 1)
+
+
+def test_lengths_of_zero_keep_initial_states_where_padding_is_promised_on_the_right() -> None:
+    for name in ("loop_gru_mask", "loop_lstm_mask"):
+        made = tried(f"cells/{name}", True)
+        feed = dict(made.feed)
+        steps = np.arange(T)[:, None] < np.array([T, 4, 0])
+        feed["mask"] = steps.reshape(feed["mask"].shape)
+        after = outputs(opened(f"cells/{name}", True), feed)
+        assert_near(after, outputs(session(made.before), feed))
+
+
+# Graphs that are there for something else
+
+
+@pytest.mark.parametrize("name", sorted(n for n in OTHERS if OTHERS[n]["onnxruntime"]))
+def test_other_exporters_graph_gives_what_it_gave(name: str) -> None:
+    made = tried(name)
+    found = outputs(session(made.attempt.proto), made.feed)
+    for key, expected in made.expected.items():
+        np.testing.assert_allclose(
+            found[key], expected, rtol=1e-5, atol=max(OTHERS[name]["atol"], ATOL), err_msg=key
+        )
+
+
+# Changed graphs
+
+BASES = (
+    *(f"cells/loop_{n}" for n in ("gru_gemm", "gru0_joint", "gru_reverse_flipped", "rnn_relu")),
+    *(f"cells/loop_{n}" for n in ("lstm_hoisted", "lstm_on_count", "lstm_two_ways", "gru_while")),
+    *(f"cells/scan_{n}" for n in ("gru_reverse", "lstm_gates", "gru0_joint", "lstm_reverse_output")),
+    *(f"cells/step_{n}" for n in ("lstm_peepholes", "gru_lerp", "gru0_slice", "lstm_merged_gemm")),
+    *(f"cells/step_{n}" for n in ("lstm_hard_clip_six", "gru_flipped_lerp", "gru0_gemm")),
+    *(f"cells/unrolled_{n}" for n in ("lstm_simplified", "gru_zeros", "gru0_hoisted", "rnn_zeros")),
+    *(f"keras_loops/keras3_{n}" for n in ("conv", "return_state_gru", "embedded", "cell_stack")),
+    *("keras3_gru", "keras2_gru_reset_before", "keras3_hard_sigmoid_lstm", "keras2_simple_rnn"),
+)
+MUTANTS = 20
+GROUPS = 10
+
+
+@dataclass
+class Seen:
+    """What became of mutants."""
+
+    lifted: int = 0
+    declined: int = 0
+    wrong: list[str] = field(default_factory=list)
+
+
+def check_mutant(seed: int, seen: Seen) -> None:
+    """Changes a graph, and counts it if it still runs."""
+    rng = np.random.default_rng(seed)
+    name = BASES[seed % len(BASES)]
+    made = tried(name)
+    path = GRAPHS / f"{name}.onnx"
+    mutant, what = mutate(made.before, rng)
+    runs = []
+    try:
+        onnx.checker.check_model(mutant)
+        before = session(mutant)
+        for sizes, scale in (({}, 1.0), ({T: 4, N: 2}, 1.0), ({T: 9, N: 5}, 3.0)):
+            feed = random_feed(mutant, made.feed, rng, sizes, scale)
+            runs.append((feed, outputs(before, feed)))
+    except Exception:  # onnx and onnxruntime raise unrelated types
+        return
+    if not all(honest(mutant, expected) for _, expected in runs):
+        return
+    said = f"seed {seed}, {name}, {what}"
+    found = attempt(mutant, path, path.stat().st_size)
+    if not found.lifts:
+        seen.declined += 1
+        return
+    seen.lifted += 1
+    after = session(found.proto)
+    for feed, expected in runs:
+        given = outputs(after, feed)
+        try:
+            assert_near(given, expected)
+        except AssertionError as error:
+            moved = conditioned(before, feed, expected)
+            if any(
+                given[k].shape != v.shape or not np.abs(given[k] - v).max() <= moved[k]
+                for k, v in expected.items()
+                if v.dtype.kind == "f"
+            ):
+                seen.wrong.append(f"{said}: {error}")
+                return
+
+
+@pytest.mark.parametrize("group", range(GROUPS))
+def test_changed_graph_is_lifted_to_the_same_or_left_as_it_is(group: int) -> None:
+    seen = Seen()
+    for seed in range(1000 * group, 1000 * (group + 1)):
+        check_mutant(seed, seen)
+        if seen.lifted + seen.declined == MUTANTS:
+            break
+    assert not seen.wrong, "\n".join(seen.wrong)
+    assert seen.lifted >= 3
+    assert seen.declined >= 3
