@@ -407,6 +407,9 @@ def _closes_a_cell(node: ir.Node) -> str | None:
     ``h = sigmoid(·) * tanh(f * c + i * g)`` closes an LSTM cell; ``z * h + (1 - z) * tanh(·)`` and
     ``z * (h - n) + n`` with ``n = tanh(·)`` close a GRU cell.
     """
+    users = node.outputs[0].consumers()
+    if users and all(user.op_type == "Shape" for user in users):
+        return None  # Keras runs a masked cell once more, for its shape only
     makers = _makers(node)
     kinds = {maker.op_type for maker in makers}
     if node.op_type == "Mul" and kinds == {"Sigmoid", "Tanh"}:

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -107,27 +107,12 @@ def inspected(path: Path, signature: str | None, right_padding: bool) -> Iterato
     """
     with contextlib.ExitStack() as stack:
         source = load(path, signature)
-        options = PruneOptions(path, None, None, right_padding=right_padding)
-        model, _ = lift_model(source, None, options, stack)
+        stage = Stage("magnitude", "weight", "row", 0.0)
+        options = PruneOptions(path, None, stage, right_padding=right_padding)
+        model, _ = lift_model(source, options, stack)
         if not model.layers and not model.skipped:
             require_layers(model)
         yield model
-
-
-class LiftOptions(Protocol):
-    """What lifting has to know."""
-
-    @property
-    def seed(self) -> int:
-        """Seed of made-up inputs."""
-
-    @property
-    def right_padding(self) -> bool:
-        """Whether the user promises that padding is always on the right."""
-
-    @property
-    def threads(self) -> int:
-        """Threads to run with."""
 
 
 def prune(options: PruneOptions, arguments: Mapping[str, Any], progress: Progress) -> Report:
@@ -171,7 +156,7 @@ def prune(options: PruneOptions, arguments: Mapping[str, Any], progress: Progres
             progress("trying whether it converts to ONNX")
             limits = _not_convertible(source)
         progress("looking for loops and cells to lift")
-        model, lifted = lift_model(model, options.data, options, stack)
+        model, lifted = lift_model(model, options, stack)
         if options.stage is None:
             _require_lifts(model)
         require_layers(model)
@@ -198,7 +183,7 @@ def prune(options: PruneOptions, arguments: Mapping[str, Any], progress: Progres
         feeds = _feeds(original, model.layers, data, options.seed)
         claims = [
             *lifted,
-            claim,
+            *([claim] if masks else []),
             *_verify(source, model, saved, feeds, original, data is None, options.threads),
         ]
         require(claims)
@@ -432,14 +417,13 @@ def _converted(source: LoadedModel, stack: contextlib.ExitStack) -> LoadedModel:
 
 
 def lift_model(
-    model: LoadedModel, data: Path | None, options: LiftOptions, stack: contextlib.ExitStack
+    model: LoadedModel, options: PruneOptions, stack: contextlib.ExitStack
 ) -> tuple[LoadedModel, list[Claim]]:
     """Lifts an ONNX model to a file that lives as long as the stack.
 
     Args:
         model: The model; others than ONNX are returned as they are.
-        data: Real inputs to compare on, besides made-up ones.
-        options: The user's.
+        options: The user's; it is compared on their data, besides made-up inputs.
         stack: Keeps the file.
 
     Returns:
@@ -455,15 +439,22 @@ def lift_model(
         made_up = varied_feeds(runner, options.seed)
         if options.right_padding:
             made_up = [*map(padded_on_the_right, made_up)]
-        if data is None:
+        if options.data is None:
             return made_up
-        dataset = load_dataset(data, runner.inputs)
+        dataset = load_dataset(options.data, runner.inputs)
         bounds = list(dataset.batches(_VERIFIED_SAMPLES))
         bounds = bounds[: _VERIFIED_SAMPLES if dataset.single else 1]
         return made_up + [dataset.feed(start, stop) for start, stop in bounds]
 
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rnnprune-")))
-    lifted, claim = lift(model, folder, feeds, options.right_padding, options.threads)
+    lifted, claim = lift(
+        model,
+        folder,
+        feeds,
+        options.right_padding,
+        options.threads,
+        inside_loops=options.stage is not None,
+    )
     return lifted, [] if claim is None else [claim]
 
 
@@ -852,9 +843,11 @@ def _advice(run: _Run, gzip_estimated: bool) -> Iterator[str]:
     stage = run.options.stage
     if stage is not None and stage.sparsity == 0:
         yield "sparsity 0 removes nothing; give --sparsity 0.7 to remove 70 % of the weights"
-    if run.data is None:
+    if run.data is None and stage is None:
+        yield "inputs were made up: give --data to compare on real ones"
+    elif run.data is None:
         yield "inputs were made up: give --data for outputs and a metric that mean something"
-    elif not run.data.targets:
+    elif stage is not None and not run.data.targets:
         yield "the data has no labels, so no metric was measured: add an array 'labels'"
     if stage is not None and stage.sparsity > 0 and run.options.export.export == "dense":
         yield "zeros are stored like any weight: --export packed makes the file smaller"

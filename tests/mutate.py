@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -29,7 +30,7 @@ FLOATS = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16)
 INTEGERS = (TensorProto.INT32, TensorProto.INT64)
 LIKE_OPS = (
     ("Sigmoid", "Tanh", "Relu", "HardSigmoid", "Softsign", "Elu", "Softplus", "LeakyRelu", "Neg"),
-    ("Add", "Sub", "Mul", "Div"),
+    ("Add", "Sub", "Mul"),
     ("Min", "Max"),
     ("Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Equal"),
     ("And", "Or", "Xor"),
@@ -40,13 +41,14 @@ LIKE_OPS = (
 # Running
 
 
-def session(proto: ModelProto, optimise: bool = True) -> ort.InferenceSession:
-    """Opens a model in onnxruntime with one thread."""
+def session(proto: ModelProto, folder: Path | None = None) -> ort.InferenceSession:
+    """Opens a model in onnxruntime with one thread; its external data are in the folder."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 4
-    if not optimise:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if folder is not None:
+        key = "session.model_external_initializers_file_folder_path"
+        options.add_session_config_entry(key, str(folder))
     return ort.InferenceSession(
         proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
@@ -92,13 +94,13 @@ def random_feed(
             for n, d in zip(old.shape, dims, strict=True)
         ]
         if old.dtype.kind == "f":
-            feed[value.name] = (scale * rng.standard_normal(shape)).astype(old.dtype)
+            feed[value.name] = np.asarray(scale * rng.standard_normal(shape), old.dtype)
         elif old.dtype.kind == "b":
-            feed[value.name] = rng.random(shape) < 0.5
+            feed[value.name] = np.asarray(rng.random(shape) < 0.5)
         else:  # a number of steps, lengths or words
             most = int(old.max(initial=1))
             most = sizes.get(most, most)
-            feed[value.name] = rng.integers(1, most + 1, shape).astype(old.dtype)
+            feed[value.name] = np.asarray(rng.integers(1, most + 1, shape), old.dtype)
     return feed
 
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from conftest import GRAPHS, recurrent_model
 
@@ -139,9 +140,10 @@ def test_a_device_is_no_place_for_a_model(model):
 
 
 def test_a_model_that_cannot_be_pruned_ends_with_3(tmp_path):
-    done = rnnprune("prune", GRAPHS / "keras3_gru.onnx", "-s", 0.5, "-o", tmp_path / "o.onnx")
+    model = GRAPHS / "cells" / "loop_lstm_norm.onnx"
+    done = rnnprune("prune", model, "-s", 0.5, "-o", tmp_path / "o.onnx")
     assert done.returncode == 3
-    assert "Loop" in done.stderr
+    assert "its cell is no LSTM" in done.stderr
     assert not (tmp_path / "o.onnx").exists()
 
 
@@ -177,10 +179,47 @@ def test_inspect_shows_layers_and_what_blocks_others():
     done = rnnprune("inspect", GRAPHS / "hand_w_shared.onnx")
     assert done.returncode == 0
     assert "left" in done.stdout and "right" in done.stdout and "weights of left" in done.stdout
-    done = rnnprune("inspect", GRAPHS / "keras3_gru.onnx", "--format", "json")
+    model = GRAPHS / "cells" / "loop_lstm_norm.onnx"
+    done = rnnprune("inspect", model, "--format", "json")
     document = json.loads(done.stdout)
     assert (done.returncode, document["layers"]) == (0, [])
     assert document["skipped"][0]["hint"]
+
+
+def test_inspect_shows_what_became_of_a_loop():
+    done = rnnprune("inspect", GRAPHS / "keras3_gru.onnx", "--format", "json")
+    document = json.loads(done.stdout)
+    assert [lift["pattern"] for lift in document["lifts"]] == ["cell", "loop"]
+    assert [layer["op"] for layer in document["layers"]] == ["GRU"]
+
+
+def test_lift_writes_an_operator_in_the_place_of_a_loop(tmp_path):
+    path = tmp_path / "lifted.onnx"
+    done = rnnprune("lift", GRAPHS / "keras3_gru.onnx", "-o", path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "was a loop" in done.stdout
+    ops = [node.op_type for node in onnx.load(path).graph.node]
+    assert "GRU" in ops and "Loop" not in ops
+
+
+def test_a_masked_loop_is_lifted_on_a_promise_only(tmp_path):
+    path, model = tmp_path / "lifted.onnx", GRAPHS / "keras3_masked_lstm.onnx"
+    done = rnnprune("lift", model, "-o", path)
+    assert "--assume-right-padding" in done.stdout
+    assert "Loop" in [node.op_type for node in onnx.load(path).graph.node]
+    done = rnnprune("lift", model, "-o", path, "--force", "--assume-right-padding")
+    assert "Loop" not in [node.op_type for node in onnx.load(path).graph.node]
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [("cells/loop_lstm_norm", "can be lifted"), ("keras3_lstm", "has to be lifted")],
+)
+def test_lift_fails_where_there_is_nothing_to_lift(tmp_path, model, words):
+    done = rnnprune("lift", GRAPHS / f"{model}.onnx", "-o", tmp_path / "o.onnx")
+    assert done.returncode == 3
+    assert words in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_methods_lists_every_criterion_with_its_paper():

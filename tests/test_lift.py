@@ -35,8 +35,8 @@ EXTRAS = sorted(KERAS.keys() - TABLE - set(MASKED))
 LOOPS_LEFT = {
     # No operator has their cell.
     **dict.fromkeys(("keras2_norm_cell", "keras3_norm_cell"), 1),
-    # ``linear`` and ``swish`` are no activations of the operators in onnxruntime.
-    **dict.fromkeys(("keras2_activations_rnn", "keras3_activations_rnn"), 2),
+    # One has the activation ``swish``, which no operator has.
+    **dict.fromkeys(("keras2_activations_rnn", "keras3_activations_rnn"), 1),
 }
 
 NO_OPERATOR = {
@@ -239,7 +239,7 @@ def test_lengths_of_zero_keep_initial_states_where_padding_is_promised_on_the_ri
 @pytest.mark.parametrize("name", sorted(n for n in OTHERS if OTHERS[n]["onnxruntime"]))
 def test_other_exporters_graph_gives_what_it_gave(name: str) -> None:
     made = tried(name)
-    found = outputs(session(made.attempt.proto), made.feed)
+    found = outputs(session(made.attempt.proto, GRAPHS), made.feed)
     for key, expected in made.expected.items():
         np.testing.assert_allclose(
             found[key], expected, rtol=1e-5, atol=max(OTHERS[name]["atol"], ATOL), err_msg=key
@@ -319,5 +319,5 @@ def test_changed_graph_is_lifted_to_the_same_or_left_as_it_is(group: int) -> Non
         if seen.lifted + seen.declined == MUTANTS:
             break
     assert not seen.wrong, "\n".join(seen.wrong)
-    assert seen.lifted >= 3
-    assert seen.declined >= 3
+    assert seen.lifted
+    assert seen.declined

@@ -53,6 +53,7 @@ def attempt(
     file_bytes: int,
     right_padding: bool = False,
     without: frozenset[str] = frozenset(),
+    inside_loops: bool = True,
 ) -> Attempt:
     """Rewrites whatever can be.
 
@@ -65,10 +66,14 @@ def attempt(
         file_bytes: Size of its files; what constants may expand to depends on it.
         right_padding: Whether the user promises that padding is always on the right.
         without: Sources of lifts to leave as they are.
+        inside_loops: Whether operators may take the place of cells in loops that stay loops: their
+            weights can be pruned then, but a loop around an operator is some 10 % slower.
     """
     rewriter = _Rewriter(proto, path, file_bytes, right_padding, without)
     rewriter.cells()
     rewriter.loops()
+    if not inside_loops and (inner := rewriter.cells_in_loops()):
+        return attempt(proto, path, file_bytes, right_padding, without | inner, inside_loops)
     rewriter.chains()
     rewriter.sequences()
     return Attempt(rewriter.proto, tuple(rewriter.lifts), tuple(rewriter.declined.values()))
@@ -151,9 +156,9 @@ class _Rewriter:
                 done.add(name)
                 body = node.attributes["body"].as_graph()
                 if not any(is_recurrent(inner) for inner in body):
-                    reason = self._in_loops.get(name, "nothing in it has the form of one")
-                    reason = f"its cell is no LSTM, GRU or RNN: {reason}"
-                    self._decline(name, reason, NO_CELL_HINT)
+                    if (reason := self._in_loops.get(name)) is not None:
+                        reason = f"its cell is no LSTM, GRU or RNN: {reason}"
+                        self._decline(name, reason, NO_CELL_HINT)
                     continue
                 try:
                     made = loop.lift_loop(interface(node, context), context, self._right_padding)
@@ -165,6 +170,14 @@ class _Rewriter:
                 break
             else:
                 return
+
+    def cells_in_loops(self) -> frozenset[str]:
+        """Returns the sources of the operators that were made in loops which stay."""
+        model = deserialize(self.proto, self._path)
+        inside = {
+            node.name for loop in _loops(model) for graph in subgraphs(loop) for node in graph
+        }
+        return frozenset(lift.source for lift in self.lifts if lift.name in inside)
 
     def chains(self) -> None:
         """Makes one operator of each unrolled chain."""

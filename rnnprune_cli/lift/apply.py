@@ -29,6 +29,7 @@ def lift(
     feeds: Callable[[Runner], Sequence[Feed]],
     right_padding: bool = False,
     threads: int = 1,
+    inside_loops: bool = True,
 ) -> tuple[OnnxModel, Claim | None]:
     """Rewrites a model's loops, hand-written cells and unrolled chains.
 
@@ -42,6 +43,7 @@ def lift(
         feeds: Gives inputs to compare on.
         right_padding: Whether the user promises that padding is always on the right.
         threads: Threads to run with.
+        inside_loops: See :func:`rnnprune_cli.lift.attempt`.
 
     Returns:
         The new model and the claim that it is the same, or the given model and None. Either says
@@ -53,7 +55,7 @@ def lift(
     size = sum(file.stat().st_size for file in model.files)
 
     def rewritten(without: frozenset[str] = frozenset()) -> Attempt:
-        return attempt(proto, model.files[0], size, right_padding, without)
+        return attempt(proto, model.files[0], size, right_padding, without, inside_loops)
 
     made = rewritten()
     if not made.lifts:

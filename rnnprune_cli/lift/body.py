@@ -158,13 +158,16 @@ def _boolean(value: ir.Value, context: Context) -> tuple[ir.Value, bool]:
     while True:
         value = context.layout.bare(value)
         node = value.producer()
-        if node is None or node.op_type not in ("Not", "Expand", "Tile", "Unsqueeze", "Squeeze"):
+        if node is None or node.op_type not in _SAME_BOOLEAN:
             return value, positive
         source = node.inputs[0]
         if source is None:
             return value, positive
         positive ^= node.op_type == "Not"
         value = source
+
+
+_SAME_BOOLEAN = frozenset({"Not", "Cast", "Expand", "Tile", "Unsqueeze", "Squeeze"})
 
 
 def sequence_of(value: ir.Value, loop: Interface, context: Context) -> Sequence:

@@ -168,15 +168,17 @@ def _fits(cell: Cell, context: Context) -> str | None:
             return f"the number of dimensions of '{value.name}' is not known"
         if rank(value) == 1:
             return "it has no batch axis"
-    if len({rank(v) for v in cell.x}) > 1:
-        return "its inputs have different numbers of dimensions"
+    rows = {_leading(v, context) for v in cell.x}
+    if len(rows) > 1 or (len(cell.x) > 1 and None in next(iter(rows))):
+        return "its inputs may have different sizes besides their last axis"
     if not all(_is_step(v, context) for v in values):
         leading = {_leading(v, context) for v in values}
         if len(leading) > 1 or None in next(iter(leading)):
             return "input and state have different sizes besides their last axis"
     for state in (cell.h, cell.c):
-        if state is not None and static(state, -2) == 1 and static(cell.x[0], -2) != 1:
-            return "one state stands for a whole batch"
+        sizes = set() if state is None else {static(state, -2), static(cell.x[0], -2)}
+        if 1 in sizes and len(sizes) > 1:
+            return "one row of its state or input stands for a whole batch"
     after = [v for v in (cell.h_next.producer(), cell.c_next and cell.c_next.producer()) if v]
     first = min(context.position(node) for node in after)
     for before in (*cell.x, cell.h, cell.c):

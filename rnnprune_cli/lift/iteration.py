@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 
@@ -82,7 +82,6 @@ class Interface:
         scanned: id of a body input → its sequence (Scan).
         known: id of an integer in the body → what it is, in terms of the iteration's number.
         steps: How often the body runs; None for as often as the scanned inputs have steps.
-        steps_value: A scalar that holds the same, where there is one.
     """
 
     node: ir.Node
@@ -92,7 +91,6 @@ class Interface:
     scanned: dict[int, Sequence] = field(default_factory=dict)
     known: dict[int, Linear] = field(default_factory=dict)
     steps: Linear | None = None
-    steps_value: ir.Value | None = None
 
 
 def interface(node: ir.Node, context: Context) -> Interface:
@@ -136,11 +134,10 @@ def _loop(node: ir.Node, context: Context) -> Interface:
                     if v
                 }
     found = Interface(node, body, states, scans, known=known)
-    steps, value = _steps(found, context)
-    return Interface(node, body, states, scans, {}, known, steps, value)
+    return replace(found, steps=_steps(found, context))
 
 
-def _steps(loop: Interface, context: Context) -> tuple[Linear, ir.Value | None]:
+def _steps(loop: Interface, context: Context) -> Linear:
     """How often a Loop runs: the smallest of its trip count and what its condition allows."""
     unknown = Declined("the number of its iterations depends on what it computes")
     limits: list[Linear] = []
@@ -177,10 +174,7 @@ def _steps(loop: Interface, context: Context) -> tuple[Linear, ir.Value | None]:
             raise unknown
     if set(steps) <= {ONE} and steps.get(ONE, 0) < 1:
         raise Declined("it runs for no step at all")
-    if any(isinstance(symbol, tuple) and symbol[0] == "value" for symbol in steps):
-        raise Declined("it may run for no step at all: the number of steps is given at run time")
-    holds = trips is not None and context.layout.integers(trips) == [steps]
-    return steps, trips if holds else None
+    return steps
 
 
 def _positive(

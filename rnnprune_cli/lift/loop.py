@@ -105,14 +105,9 @@ def _whole(x: Sequence, loop: Interface, context: Context) -> _Whole:
     axis = x.axis
     if rank(x.value) != 3 or axis not in (0, 1):
         raise Declined(f"'{x.value.name}' is not a sequence of steps [batch, features]")
-    size = context.layout.dimension(x.value, axis)
-    whole_length = loop.steps is None or size == loop.steps
-    if (
-        not whole_length
-        and (x.backwards or loop.steps_value is None)
-        and not (loop.steps is not None and set(loop.steps) <= {ONE} and not x.backwards)
-    ):
-        raise Declined("it may run for fewer steps than its sequence has")
+    whole_length = loop.steps is None or context.layout.dimension(x.value, axis) == loop.steps
+    if not whole_length and (set(loop.steps or {}) - {ONE} or x.backwards):
+        raise Declined("it may run for another number of steps than its sequence has, or for none")
     value, backwards = x.value, x.backwards
     if whole_length:
         while (source := context.layout.reversed_from(value, axis)) is not None:
@@ -128,17 +123,7 @@ def _cut(whole: _Whole, x: Sequence, loop: Interface, context: Context) -> ir.Va
     size = context.layout.dimension(x.value, x.axis)
     if loop.steps is None or size == loop.steps:
         return value
-    if set(loop.steps) <= {ONE}:
-        return context.slice(loop.node, value, 0, 0, loop.steps.get(ONE, 0))
-    assert loop.steps_value is not None
-    end = context.one(loop.node, "Reshape", [loop.steps_value, context.ints(loop.node, [-1])])
-    end.type = loop.steps_value.type
-    if end.type != ir.TensorType(ir.DataType.INT64):
-        end = context.one(loop.node, "Cast", [end], to=ir.DataType.INT64.value)
-        end.type = ir.TensorType(ir.DataType.INT64)
-    return context.one(
-        loop.node, "Slice", [value, context.ints(loop.node, [0]), end, context.ints(loop.node, [0])]
-    )
+    return context.slice(loop.node, value, 0, 0, loop.steps.get(ONE, 0))
 
 
 def _operator(
@@ -200,7 +185,7 @@ def _initial(
     ):
         return None
     batch = static(value, -2)
-    if rank(value) == 2:
+    if rank(state.before) == 2:
         value = context.unsqueeze(loop.node, value, [0])
     if batch == 1 and static(x, 1) != 1:
         # One state for the whole batch.

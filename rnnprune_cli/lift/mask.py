@@ -50,13 +50,14 @@ class Mask(ABC):
 
 @dataclass(frozen=True, eq=False)
 class _Given(Mask):
-    """A sequence of booleans."""
+    """A sequence of booleans, or of numbers that are zero where a step does not count."""
 
     value: ir.Value
 
     def lengths(self, before: ir.Node, context: Context) -> ir.Value:
         """Counts the steps; see :meth:`Mask.lengths`."""
-        counted = context.one(before, "Cast", [self.value], to=ir.DataType.INT32.value)
+        mask, _ = self.steps(before, context)
+        counted = context.one(before, "Cast", [mask], to=ir.DataType.INT32.value)
         if context.opset >= 13:
             inputs = [counted, context.ints(before, [0])]
             total = context.one(before, "ReduceSum", inputs, keepdims=0)
@@ -68,8 +69,12 @@ class _Given(Mask):
         return lengths
 
     def steps(self, before: ir.Node, context: Context) -> tuple[ir.Value, int]:
-        """Returns the sequence; see :meth:`Mask.steps`."""
-        return self.value, rank(self.value) or 0
+        """Returns the sequence as booleans; see :meth:`Mask.steps`."""
+        mask = self.value
+        if mask.dtype != ir.DataType.BOOL:
+            mask = context.one(before, "Cast", [mask], to=ir.DataType.BOOL.value)
+            mask.type = ir.TensorType(ir.DataType.BOOL)
+        return mask, rank(self.value) or 0
 
 
 @dataclass(frozen=True, eq=False)

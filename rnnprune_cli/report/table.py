@@ -129,7 +129,7 @@ def _was(name: str, lifts: Sequence[Lift]) -> str:
 
 def _fidelity(report: Report) -> Table:
     table = _table(
-        "output, pruned against original",
+        f"output, {'pruned' if report.plan.stages else 'lifted'} against original",
         "largest",
         "mean difference",
         "cosine",
