@@ -147,29 +147,26 @@ class _Rewriter:
     def loops(self) -> None:
         """Makes operators over sequences of loops, inner ones first."""
         done = set(self._without)
+        context = self._context()
         while True:
-            context = self._context()
-            for node in _loops(context.model):
-                name = name_of(node)
-                if name in done:
-                    continue
-                done.add(name)
-                body = node.attributes["body"].as_graph()
-                if not any(is_recurrent(inner) for inner in body):
-                    if (reason := self._in_loops.get(name)) is not None:
-                        reason = f"its cell is no LSTM, GRU or RNN: {reason}"
-                        self._decline(name, reason, NO_CELL_HINT)
-                    continue
-                try:
-                    made = loop.lift_loop(interface(node, context), context, self._right_padding)
-                except Declined as declined:
-                    self._decline(name, declined.reason, declined.hint)
-                    continue
+            node = next((n for n in _loops(context.model) if name_of(n) not in done), None)
+            if node is None:
+                return
+            name = name_of(node)
+            done.add(name)
+            if not any(is_recurrent(inner) for inner in node.attributes["body"].as_graph()):
+                if (reason := self._in_loops.get(name)) is not None:
+                    reason = f"its cell is no LSTM, GRU or RNN: {reason}"
+                    self._decline(name, reason, NO_CELL_HINT)
+                continue
+            try:
+                made = loop.lift_loop(interface(node, context), context, self._right_padding)
+            except Declined as declined:
+                self._decline(name, declined.reason, declined.hint)
+            else:
                 self.lifts += [Lift(name_of(n), "loop", _op(n), name) for n in made]
                 self._keep(context)
-                break
-            else:
-                return
+            context = self._context()
 
     def cells_in_loops(self) -> frozenset[str]:
         """Returns the sources of the operators that were made in loops which stay."""

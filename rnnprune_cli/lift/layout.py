@@ -171,6 +171,10 @@ class Layout:
             self._sizes[place] = self._dimension(value, axis % ndim)
         return self._sizes[place]
 
+    def measured(self, value: ir.Value, axis: int, size: Linear) -> None:
+        """Takes the size of an axis of a new value from someone who knows."""
+        self._sizes[id(value), axis] = size
+
     def _dimension(self, value: ir.Value, axis: int) -> Linear | None:
         while True:
             value = self.origin(value)

@@ -7,7 +7,8 @@
 3. Are some steps of padded sequences masked? Then ``sequence_lens`` stands for the mask, which is
    exact only where all padding is on the right; that has to be promised.
 4. What else does anyone read from the loop? Only states and what the operators gave at each step.
-5. Put operators in the place of the loop.
+5. Put operators in the place of the loop. What it computes row by row besides, :mod:`.pointwise`
+   has moved out.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from rnnprune_cli.lift.context import Context, layer_name, static
 from rnnprune_cli.lift.iteration import Declined, Interface, Sequence, Stack, State
 from rnnprune_cli.lift.layout import MAX_INT32, ONE, rank
 from rnnprune_cli.lift.mask import MASKED, MASKED_HINT, Mask, find_mask
+from rnnprune_cli.lift.pointwise import Hoister
 
 MIN_OPSET = 10
 """Slice has no steps before."""
@@ -48,9 +50,12 @@ def lift_loop(loop: Interface, context: Context, right_padding: bool) -> list[ir
         The new operators.
 
     Raises:
-        Declined: If that would not be the same; nothing is changed then.
+        Declined: If that would not be the same; the model is to be thrown away then.
     """
+    hoister = Hoister(loop, context)
+    hoister.inputs()
     steps = steps_of(loop, context)
+    hoister.outputs()
     ordered = _ordered(steps)
     masks = {None if s.mask is None else id(s.mask): s.mask for s in steps}
     if len(masks) != 1:

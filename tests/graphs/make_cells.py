@@ -1880,6 +1880,37 @@ def dense_output(draw: Draw, op: str, style: Style, *, scan: bool) -> Graph:
     return g
 
 
+def loop_lstm_prenet(draw: Draw) -> Graph:
+    """A layer before the cell."""
+    return prenet(draw, "LSTM", GEMM, scan=False)
+
+
+def scan_gru_prenet(draw: Draw) -> Graph:
+    """A layer before the cell."""
+    return prenet(draw, "GRU", JOINT, scan=True)
+
+
+def prenet(draw: Draw, op: str, style: Style, *, scan: bool) -> Graph:
+    """A body with a layer before the cell."""
+    g, cell, x, sequence, arrays, states = start_loop(draw, op, style)
+    front = draw.normal(IN, IN)
+
+    def turn(b: Graph, value: str, names: list[str]) -> tuple[list[str], list[str]]:
+        value = b.op("Tanh", b.op("MatMul", value, b.constant(front)))
+        after = cell.step(b, value, names)
+        return after, after[:1]
+
+    if scan:
+        shapes = [("N", H)] * len(states) + [("N", IN)]
+        *last, y = g.scan(states, [sequence], shapes, lambda b, s, p: turn(b, p[0], s))
+    else:
+        *last, y = run_course(g, Course(), sequence, states, turn)
+    expected, *finals = cell.run(np.tanh(x @ front), arrays)
+    g.give("Y", y, expected, "T", "N", H)
+    g.give("h_last", last[0], finals[0], "N", H)
+    return g
+
+
 def loop_lstm_norm(draw: Draw) -> Graph:
     """DECLINED: LayerNormalization between the products and the gates."""
     g, cell, _, sequence, _, states = start_loop(draw, "LSTM", TWO)
@@ -2041,16 +2072,25 @@ def scan_gru_stacked(draw: Draw) -> Graph:
     return stacked_body(draw, "GRU", GEMM, scan=True)
 
 
-def stacked_body(draw: Draw, op: str, style: Style, *, scan: bool) -> Graph:
+def loop_gru_stacked_between(draw: Draw) -> Graph:
+    """Two stacked cells in one body, a layer between them."""
+    return stacked_body(draw, "GRU", TWO, scan=False, between=True)
+
+
+def stacked_body(draw: Draw, op: str, style: Style, *, scan: bool, between: bool = False) -> Graph:
     """Two stacked layers that run step by step."""
     g, lower, x, sequence, arrays, states = start_loop(draw, op, style, start="zeros")
     upper = draw_cell(draw, op, style, inputs=H)
     count = state_count(op)
     more_arrays, more = loop_states(g, draw, op, "input", sequence)
+    middle = draw.normal(H, H)
 
     def turn(b: Graph, value: str, names: list[str]) -> tuple[list[str], list[str]]:
         below = lower.step(b, value, names[:count])
-        above = upper.step(b, below[0], names[count:])
+        handed = below[0]
+        if between:
+            handed = b.op("Relu", b.op("MatMul", handed, b.constant(middle)))
+        above = upper.step(b, handed, names[count:])
         return [*below, *above], above[:1]
 
     if scan:
@@ -2060,6 +2100,8 @@ def stacked_body(draw: Draw, op: str, style: Style, *, scan: bool) -> Graph:
     else:
         *last, y = run_course(g, Course(), sequence, states + more, turn)
     below, h_lower, *_ = lower.run(x, arrays)
+    if between:
+        below = np.maximum(below @ middle, 0)
     expected, h_upper, *_ = upper.run(below, more_arrays)
     g.give("Y", y, expected, "T", "N", H)
     g.give("h_lower", last[0], h_lower, "N", H)
@@ -2234,6 +2276,8 @@ LOOP_FUNCTIONS: tuple[Maker, ...] = (
     loop_lstm_sum,
     loop_lstm_dense_output,
     scan_gru_dense_output,
+    loop_lstm_prenet,
+    scan_gru_prenet,
     loop_lstm_norm,
     loop_lstm_decoder,
     loop_gru_decoder,
@@ -2245,6 +2289,7 @@ LOOP_FUNCTIONS: tuple[Maker, ...] = (
     loop_gru_lengths_outside,
     scan_lstm_mask,
     loop_lstm_stacked,
+    loop_gru_stacked_between,
     scan_gru_stacked,
     loop_lstm_two_ways,
     scan_gru_two_ways,
