@@ -205,10 +205,19 @@ def test_lift_writes_an_operator_in_the_place_of_a_loop(tmp_path):
 def test_a_masked_loop_is_lifted_on_a_promise_only(tmp_path):
     path, model = tmp_path / "lifted.onnx", GRAPHS / "keras3_masked_lstm.onnx"
     done = rnnprune("lift", model, "-o", path)
+    assert (done.returncode, path.exists()) == (3, False)
+    assert "--assume-right-padding" in done.stderr
+    done = rnnprune("lift", model, "-o", path, "--assume-right-padding")
+    assert done.returncode == 0
+    assert "Loop" not in [node.op_type for node in onnx.load(path).graph.node]
+
+
+def test_the_cell_of_a_loop_that_stays_is_pruned(tmp_path):
+    path, model = tmp_path / "pruned.onnx", GRAPHS / "keras3_masked_lstm.onnx"
+    done = rnnprune("prune", model, "-s", 0.5, "-o", path, "--export", "dense")
+    assert done.returncode == 0
     assert "--assume-right-padding" in done.stdout
     assert "Loop" in [node.op_type for node in onnx.load(path).graph.node]
-    done = rnnprune("lift", model, "-o", path, "--force", "--assume-right-padding")
-    assert "Loop" not in [node.op_type for node in onnx.load(path).graph.node]
 
 
 @pytest.mark.parametrize(

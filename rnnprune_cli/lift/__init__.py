@@ -13,7 +13,7 @@ original. One file for each pattern:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
@@ -73,7 +73,9 @@ def attempt(
     rewriter.cells()
     rewriter.loops()
     if not inside_loops and (inner := rewriter.cells_in_loops()):
-        return attempt(proto, path, file_bytes, right_padding, without | inner, inside_loops)
+        again = attempt(proto, path, file_bytes, right_padding, without | inner, inside_loops)
+        reasons = {item.name: item for item in again.declined} | rewriter.declined
+        return replace(again, declined=tuple(reasons.values()))
     rewriter.chains()
     rewriter.sequences()
     return Attempt(rewriter.proto, tuple(rewriter.lifts), tuple(rewriter.declined.values()))

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Container
 from dataclasses import replace
 
 import numpy as np
@@ -76,23 +75,16 @@ def find_cells(graph: ir.Graph, context: Context) -> tuple[list[Cell], dict[str,
     }
     # A gate alone has the form of an RNN; Keras runs a masked cell once more, for its shape only.
     kept = [
-        c
-        for c in cells.values()
-        if (c.op != "RNN" or c.h_next.name not in inside) and _is_used(c, inside)
+        c for c in cells.values() if (c.op != "RNN" or c.h_next.name not in inside) and _is_used(c)
     ]
     return kept, declined
 
 
-def _is_used(cell: Cell, inside: Container[str]) -> bool:
-    """Tells whether anything reads the values of a cell's states, not only their shapes."""
+def _is_used(cell: Cell) -> bool:
+    """Tells whether anything reads the values of the new state, not only their shape."""
     states = [v for v in (cell.h_next, cell.c_next) if v is not None]
-    return any(
-        value.is_graph_output()
-        or any(
-            user.op_type != "Shape" and user.outputs[0].name not in inside
-            for user in value.consumers()
-        )
-        for value in states
+    return any(v.is_graph_output() for v in states) or any(
+        user.op_type != "Shape" for user in cell.h_next.consumers()
     )
 
 
