@@ -6,11 +6,12 @@ another function of a cell, some leave it as it was, and some make a graph that 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
@@ -185,10 +186,8 @@ def scopes(proto: ModelProto) -> list[Scope]:
                 info = helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
                 graph.value_info.append(info)
         pending += [a.g for n in graph.node for a in n.attribute if a.HasField("g")]
-    try:
+    with contextlib.suppress(onnx.shape_inference.InferenceError):  # changed before
         typed = onnx.shape_inference.infer_shapes(typed)
-    except onnx.shape_inference.InferenceError:
-        pass  # a graph that was changed before
     found: list[Scope] = []
 
     def add(
@@ -243,7 +242,7 @@ def mutate(proto: ModelProto, rng: np.random.Generator) -> tuple[ModelProto, str
 
 
 def _pick(options: Sequence[T], rng: np.random.Generator) -> T | None:
-    return options[rng.integers(len(options))] if options else None
+    return options[int(rng.integers(len(options)))] if options else None
 
 
 def _operator(scope: Scope, rng: np.random.Generator) -> str | None:
@@ -323,8 +322,8 @@ def _attribute(scope: Scope, rng: np.random.Generator) -> str | None:
     elif attribute.name == "to":
         attribute.i = int(rng.choice([1, 6, 7]))
     else:
-        attribute.i = 1 - attribute.i if attribute.i in (0, 1) else attribute.i + int(
-            rng.choice([-1, 1])
+        attribute.i = (
+            1 - attribute.i if attribute.i in (0, 1) else attribute.i + int(rng.choice([-1, 1]))
         )
     return f"{node.op_type} → {node.output[0]} has {helper.get_attribute_value(attribute)!r} as" + (
         f" {attribute.name}"
@@ -392,7 +391,9 @@ def _constant(scope: Scope, rng: np.random.Generator) -> str | None:
 def _weight(scope: Scope, rng: np.random.Generator) -> str | None:
     """A weight has another value somewhere: the cell is the same but for it."""
     options = [
-        (n, t) for n, t in _stored(scope) if t.data_type in FLOATS and np.prod(t.dims, dtype=int) > 1
+        (n, t)
+        for n, t in _stored(scope)
+        if t.data_type in FLOATS and np.prod(t.dims, dtype=int) > 1
     ]
     picked = _pick(options, rng)
     if picked is None:
@@ -488,9 +489,7 @@ def _insert(scope: Scope, rng: np.random.Generator) -> str | None:
     return f"{what} of {name} before {node.op_type} → {node.output[0]}"
 
 
-def _done_to(
-    scope: Scope, name: str, at: int, rng: np.random.Generator
-) -> tuple[str, str] | None:
+def _done_to(scope: Scope, name: str, at: int, rng: np.random.Generator) -> tuple[str, str] | None:
     dtype, shape = scope.kind(name)
     others = scope.like(name, at)
     if dtype in FLOATS:
@@ -526,10 +525,9 @@ def _done_to(
         op = str(rng.choice(["Add", "Add", "Mul"]))
         return _through(scope, op, [name, _new(scope, one)], at), f"{op} {one}"
     if dtype == TensorProto.BOOL:
-        other = _pick(others, rng)
-        if other is None or rng.random() < 0.6:
+        if not others or rng.random() < 0.6:
             return _through(scope, "Not", [name], at), "Not"
-        op = str(rng.choice(["And", "Or"]))
+        op, other = str(rng.choice(["And", "Or"])), str(_pick(others, rng))
         return _through(scope, op, [name, other], at), f"{op} with {other}"
     return None
 
@@ -540,7 +538,7 @@ def _new(scope: Scope, array: Array | np.generic) -> str:
     return name
 
 
-def _through(scope: Scope, op: str, inputs: list[str], at: int, **attributes: object) -> str:
+def _through(scope: Scope, op: str, inputs: list[str], at: int, **attributes: Any) -> str:
     """Adds a node at a position."""
     name = f"mutant/value_{len(scope.graph.node)}"
     scope.graph.node.insert(at, helper.make_node(op, inputs, [name], **attributes))
@@ -572,32 +570,30 @@ def _expose(scope: Scope, rng: np.random.Generator) -> str | None:
     names = [o for n in scope.graph.node for o in n.output if o and o not in taken]
     names = [n for n in names if scope.kind(n)[0] in FLOATS]
     picked = _pick(names, rng)
-    if picked is None or (scope.owner is not None and scope.owner.op_type == "If"):
+    if picked is None:
         return None
     name, inner = picked, scope
-    while True:
-        dtype = inner.kinds[picked][0] if inner is scope else scope.kind(picked)[0]
-        inner.graph.output.append(helper.make_tensor_value_info(name, dtype, None))
-        if inner.owner is None or inner.outside is None:
-            return picked
+    while inner.owner is not None and inner.outside is not None:
         if inner.owner.op_type == "If":
-            return None
+            return None  # the other branch has no such value
+        inner.graph.output.append(helper.make_tensor_value_info(name, scope.kind(picked)[0], None))
+        for attribute in inner.owner.attribute:
+            if attribute.name in ("scan_output_axes", "scan_output_directions"):
+                attribute.ints.append(0)
         name = f"mutant/exposed_{name}"
         inner.owner.output.append(name)
-        if inner.owner.op_type == "Scan":
-            for attribute in inner.owner.attribute:
-                if attribute.name in ("scan_output_axes", "scan_output_directions"):
-                    attribute.ints.append(0)
         inner = inner.outside
+    inner.graph.output.append(helper.make_tensor_value_info(name, scope.kind(picked)[0], None))
+    return str(picked)
 
 
 def _ranks(scope: Scope, rng: np.random.Generator) -> str | None:
     """A constant has another axis of size 1 before the others."""
     used = {n.input[k] for _, n in scope.nodes("Add", "Sub", "Mul", "Div") for k in (0, 1)}
-    picked = _pick([(n, t) for n, t in _stored(scope) if n in used], rng)
-    if picked is None:
+    found = _pick([(n, t) for n, t in _stored(scope) if n in used], rng)
+    if found is None:
         return None
-    name, tensor = picked
+    name, tensor = found
     _store(tensor, arrays.to_array(tensor)[None])
     return f"{name} {list(tensor.dims)}"
 

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -50,8 +50,12 @@ NO_OPERATOR = {
 """Cells that are no operator's."""
 MAY_BE = {"step_gru_one_gate", "step_lstm_wrong_state", "step_lstm_gate_output"}
 """Cells that are an operator's after all: two gates are one, c is h, or a gate is read as well."""
-TWICE = ("bidirectional", "if_different", "if_inside", "if_shared", "stacked", "two_layers")
-TWICE = (*TWICE, "two_ways")
+STAYS = {
+    "loop_gru_trip_input",  # for how many steps it runs is not known: maybe for none
+    "loop_gru_lengths_outside",  # nothing says that its mask is of right padding
+}
+"""Loops that operators could stand for, if more were known."""
+TWICE = ("bidirectional", "_if_", "stacked", "two_layers", "two_ways")
 """Cells with two layers, directions or branches."""
 
 ATOL = 1e-5
@@ -87,7 +91,7 @@ RECURRENT = ("LSTM", "GRU", "RNN")
 LOOPS = ("Loop", "Scan")
 
 
-@lru_cache(maxsize=None)
+@cache
 def tried(name: str, right_padding: bool = False) -> Tried:
     path = GRAPHS / f"{name}.onnx"
     proto = read_proto(path)
@@ -100,19 +104,19 @@ def tried(name: str, right_padding: bool = False) -> Tried:
     return Tried(proto, made, feed, expected)
 
 
-@lru_cache(maxsize=None)
+@cache
 def opened(name: str, right_padding: bool = False) -> ort.InferenceSession:
     made = tried(name, right_padding)
     onnx.checker.check_model(made.attempt.proto, full_check=True)
     return session(made.attempt.proto)
 
 
-@lru_cache(maxsize=None)
+@cache
 def results(name: str, right_padding: bool = False) -> Feed:
     return outputs(opened(name, right_padding), tried(name, right_padding).feed)
 
 
-@lru_cache(maxsize=None)
+@cache
 def results_of_other_sizes(name: str, steps: int, rows: int) -> tuple[Feed, Feed]:
     """Outputs before and after for random inputs."""
     made = tried(name)
@@ -148,9 +152,7 @@ def test_keras_layer_becomes_operators_that_give_what_keras_gives(
     made = tried(name)
     assert not made.loops
     assert set(made.ops) == {"RNN" if kind == "rnn" else kind[:4].strip("_").upper()}
-    assert_near(
-        {branch: results(name)[branch]}, {branch: made.expected[branch]}
-    )
+    assert_near({branch: results(name)[branch]}, {branch: made.expected[branch]})
     if length == "dynamic":
         before, after = results_of_other_sizes(name, 3, 2)
         assert_near({branch: after[branch]}, {branch: before[branch]})
@@ -215,12 +217,12 @@ def test_cell_becomes_as_many_operators_as_it_has_layers(name: str) -> None:
         assert not made.attempt.lifts
     elif idiom.startswith("DECLINED"):
         assert name in MAY_BE or made.loops == len(CELLS[name]["loops"])
-    elif idiom.startswith("CELL ONLY"):
+    elif idiom.startswith("CELL ONLY") or name in STAYS:
         assert made.loops == len(CELLS[name]["loops"])
         assert made.operators >= (2 if unrolled else 1)
     else:
         assert not made.loops, made.attempt.declined
-        assert 1 <= made.operators <= (2 if name.endswith(TWICE) else 1)
+        assert 1 <= made.operators <= (2 if any(part in name for part in TWICE) else 1)
 
 
 def test_lengths_of_zero_keep_initial_states_where_padding_is_promised_on_the_right() -> None:
@@ -249,14 +251,37 @@ def test_other_exporters_graph_gives_what_it_gave(name: str) -> None:
 # Changed graphs
 
 BASES = (
-    *(f"cells/loop_{n}" for n in ("gru_gemm", "gru0_joint", "gru_reverse_flipped", "rnn_relu")),
-    *(f"cells/loop_{n}" for n in ("lstm_hoisted", "lstm_on_count", "lstm_two_ways", "gru_while")),
-    *(f"cells/scan_{n}" for n in ("gru_reverse", "lstm_gates", "gru0_joint", "lstm_reverse_output")),
-    *(f"cells/step_{n}" for n in ("lstm_peepholes", "gru_lerp", "gru0_slice", "lstm_merged_gemm")),
-    *(f"cells/step_{n}" for n in ("lstm_hard_clip_six", "gru_flipped_lerp", "gru0_gemm")),
-    *(f"cells/unrolled_{n}" for n in ("lstm_simplified", "gru_zeros", "gru0_hoisted", "rnn_zeros")),
-    *(f"keras_loops/keras3_{n}" for n in ("conv", "return_state_gru", "embedded", "cell_stack")),
-    *("keras3_gru", "keras2_gru_reset_before", "keras3_hard_sigmoid_lstm", "keras2_simple_rnn"),
+    "cells/loop_gru0_joint",
+    "cells/loop_gru_gemm",
+    "cells/loop_gru_reverse_flipped",
+    "cells/loop_gru_while",
+    "cells/loop_lstm_hoisted",
+    "cells/loop_lstm_on_count",
+    "cells/loop_lstm_two_ways",
+    "cells/loop_rnn_relu",
+    "cells/scan_gru0_joint",
+    "cells/scan_gru_reverse",
+    "cells/scan_lstm_gates",
+    "cells/scan_lstm_reverse_output",
+    "cells/step_gru0_gemm",
+    "cells/step_gru0_slice",
+    "cells/step_gru_flipped_lerp",
+    "cells/step_gru_lerp",
+    "cells/step_lstm_hard_clip_six",
+    "cells/step_lstm_merged_gemm",
+    "cells/step_lstm_peepholes",
+    "cells/unrolled_gru0_hoisted",
+    "cells/unrolled_gru_zeros",
+    "cells/unrolled_lstm_simplified",
+    "cells/unrolled_rnn_zeros",
+    "keras2_gru_reset_before",
+    "keras2_simple_rnn",
+    "keras3_gru",
+    "keras3_hard_sigmoid_lstm",
+    "keras_loops/keras3_cell_stack",
+    "keras_loops/keras3_conv",
+    "keras_loops/keras3_embedded",
+    "keras_loops/keras3_return_state_gru",
 )
 MUTANTS = 20
 GROUPS = 10

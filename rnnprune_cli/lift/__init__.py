@@ -12,6 +12,7 @@ original. One file for each pattern:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from rnnprune_cli.lift.iteration import Declined, interface
 from rnnprune_cli.lift.weights import Cell
 from rnnprune_cli.model import Lift, Op, Skipped
 from rnnprune_cli.onnx_file import deserialize, graphs
+from rnnprune_cli.rewrite.build import MIN_IR_INITIALIZERS
 
 NO_CELL_HINT = "only standard LSTM, GRU and RNN cells can become operators, and be pruned"
 
@@ -92,7 +94,7 @@ class _Rewriter:
         right_padding: bool,
         without: frozenset[str],
     ) -> None:
-        self.proto = proto
+        self.proto = _with_names(proto)
         self.lifts: list[Lift] = []
         self.declined: dict[str, Skipped] = {}
         self._path = path
@@ -112,6 +114,7 @@ class _Rewriter:
         for graph in _all_graphs(context.model.graph):
             graph.sort()
         self.proto = ir.to_proto(context.model)
+        self.proto.ir_version = max(self.proto.ir_version, MIN_IR_INITIALIZERS)
         for inner in graphs(self.proto):
             for info in [v for v in inner.value_info if v.name not in self._declared]:
                 inner.value_info.remove(info)
@@ -227,6 +230,24 @@ class _Rewriter:
                 self.lifts.append(Lift(name_of(new), "directions", _op(new), source))
                 changed = True
         return changed
+
+
+def _with_names(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Gives loops of the same name, as in two branches of an If, names of their own."""
+    found: Counter[str] = Counter()
+    nodes = (n for g in graphs(proto) for n in g.node if n.op_type in ("Loop", "Scan"))
+    found.update(node.name or node.output[0] for node in nodes)
+    if not found or max(found.values()) == 1:
+        return proto
+    named = onnx.ModelProto()
+    named.CopyFrom(proto)
+    for graph in graphs(named):
+        for node in graph.node:
+            name = node.name or node.output[0]
+            if node.op_type in ("Loop", "Scan") and found[name] > 1:
+                node.name = f"{name}#{found[name]}"
+                found[name] -= 1
+    return named
 
 
 def name_of(node: ir.Node | None) -> str:

@@ -113,7 +113,8 @@ def choice_of(value: ir.Value, loop: Interface, context: Context) -> Choice:
     node = bare.producer()
     if node is not None and node.op_type == "Where" and node.graph is loop.body:
         condition, one, other = node.inputs
-        if condition is not None and one is not None and other is not None:
+        flag = condition is not None and _is_for_rows(condition, context)
+        if flag and condition is not None and one is not None and other is not None:
             mask, positive = _boolean(condition, context)
             new, old = (one, other) if positive else (other, one)
             return Choice(new, None if context.layout.is_zero(old) else old, mask)
@@ -129,7 +130,7 @@ def choice_of(value: ir.Value, loop: Interface, context: Context) -> Choice:
         leaves = [f for f in term.factors if isinstance(f, Leaf)]
         flags = [f for f in leaves if _cast_from(f.value) is not None]
         others = [f for f in leaves if _cast_from(f.value) is None]
-        if len(flags) != 1 or len(others) != 1:
+        if len(flags) != 1 or len(others) != 1 or not _is_for_rows(flags[0].value, context):
             return Choice(bare)
         source = _cast_from(flags[0].value)
         assert source is not None
@@ -142,6 +143,12 @@ def choice_of(value: ir.Value, loop: Interface, context: Context) -> Choice:
     if kept is not None and context.layout.is_zero(kept):
         kept = None
     return Choice(chosen[True], kept, next(iter(masks.values())))
+
+
+def _is_for_rows(flag: ir.Value, context: Context) -> bool:
+    """Tells whether a flag is ``[N, 1]``: one for each row."""
+    ndim = rank(flag) or 0
+    return ndim > 1 and all(context.layout.is_one(flag, k) for k in range(ndim) if k != ndim - 2)
 
 
 def _cast_from(value: ir.Value) -> ir.Value | None:

@@ -21,7 +21,7 @@ import onnx_ir as ir
 from rnnprune_cli.lift.check import between
 from rnnprune_cli.lift.context import Context, depends, known_rank, layer_name, static
 from rnnprune_cli.lift.equations import NO_GATE, kernel, recognise
-from rnnprune_cli.lift.layout import ONE, rank
+from rnnprune_cli.lift.layout import ONE, is_named, rank
 from rnnprune_cli.lift.weights import Cell, Earlier, attributes, split_state
 
 
@@ -233,7 +233,10 @@ def write(cell: Cell, context: Context) -> ir.Node:
             in ({ONE: 1}, context.layout.dimension(cell.x[0], -2))
         ):
             return None
-        return outward(context.current(value), cell.hidden)
+        new = outward(context.current(value), cell.hidden)
+        rows = [context.layout.dimension(v, -2) for v in (value, cell.x[0])]
+        named = all(size is not None and is_named(size) for size in rows)
+        return context.for_every_row(before, new, first) if named and rows[0] != rows[1] else new
 
     weights = [
         None
@@ -243,7 +246,8 @@ def write(cell: Cell, context: Context) -> ir.Node:
     ]
     if x.shape is None:
         x.shape = ir.Shape([None] * known_rank(cell.x[0]))
-    inputs = [outward(x, cell.w.shape[2]), *weights[:3], None, state(cell.h)]
+    first = outward(x, cell.w.shape[2])
+    inputs = [first, *weights[:3], None, state(cell.h)]
     if cell.op == "LSTM":
         inputs += [state(cell.c), weights[3]]
     while inputs[-1] is None:

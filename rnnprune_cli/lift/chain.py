@@ -19,6 +19,8 @@ from rnnprune_cli.lift.context import Context, depends, static
 from rnnprune_cli.lift.layout import rank
 
 _WEIGHTS = (1, 2, 3, 7)
+MIN_OPSET_REVERSED = 10
+"""Slice has no steps before."""
 
 
 def find_chains(graph: ir.Graph, context: Context) -> list[list[ir.Node]]:
@@ -145,7 +147,7 @@ def _place(x: ir.Value, context: Context) -> _Place | None:
     value = context.layout.bare(x)
     node = value.producer()
     source = node.inputs[0] if node is not None and node.inputs else None
-    if node is None or source is None or rank(source) != 3:
+    if node is None or source is None or not _is_sequence(source, context):
         return None
     source = context.layout.origin(source)
     axis = node.attributes.get_int("axis", 0) or 0
@@ -163,10 +165,15 @@ def _place(x: ir.Value, context: Context) -> _Place | None:
         if bounds is None or len(bounds) != 1:
             return None
         ((axis, (start, end, step)),) = bounds.items()
-        axis %= 3
+        axis %= rank(source) or 3
         if axis in (0, 1) and step == 1 and (end - start == 1 or (start == -1 and end > 0)):
             return _at(source, axis, start)
     return None
+
+
+def _is_sequence(value: ir.Value, context: Context) -> bool:
+    """Tells whether a value is ``[T, N, I]``, ``[N, T, I]``, or the Y of an operator."""
+    return rank(value) == 3 or (rank(value) == 4 and context.layout.is_one(value, 1))
 
 
 def _at(source: ir.Value, axis: int, index: int) -> _Place | None:
@@ -210,7 +217,9 @@ def _sequence(chain: list[ir.Node], context: Context) -> tuple[ir.Value, bool]:
         source, axis, low = known[0].source, known[0].axis, min(indices)
         upwards = list(range(low, low + len(xs)))
         if indices in (upwards, upwards[::-1]):
-            if axis == 1:
+            if rank(source) == 4:
+                source = context.squeeze(before, source, [1])
+            elif axis == 1:
                 source = context.one(before, "Transpose", [source], perm=[1, 0, 2])
             if static(known[0].source, axis) != len(xs):
                 source = context.slice(before, source, 0, low, low + len(xs))
@@ -221,15 +230,18 @@ def _sequence(chain: list[ir.Node], context: Context) -> tuple[ir.Value, bool]:
 def _replace_outputs(chain: list[ir.Node], new: ir.Node, backwards: bool, context: Context) -> None:
     last = chain[-1]
     steps = len(chain)
+    joined = _joined(chain, context)
     for old, made in zip(last.outputs[1:], new.outputs[1:], strict=False):
         context.replace(old, made)
     if _is_read(last.outputs[0]):
         context.replace(last.outputs[0], context.unsqueeze(last, new.outputs[1], [0]))
     flat: ir.Value | None = None
-    joined = _joined(chain, context)
-    for concat, axis in joined:
+    for concat, axis, reversed_order in joined:
+        turn = backwards != reversed_order
+        if turn and context.opset < MIN_OPSET_REVERSED:
+            continue
         flat = flat or context.squeeze(last, new.outputs[0], [1])
-        whole = context.reverse(last, flat) if backwards else flat
+        whole = context.reverse(last, flat) if turn else flat
         if axis == 1:
             whole = context.one(last, "Transpose", [whole], perm=[1, 0, 2])
         context.replace(concat.outputs[0], whole)
@@ -266,9 +278,9 @@ def _is_read_besides(value: ir.Value, chain: list[ir.Node]) -> bool:
     return False
 
 
-def _joined(chain: list[ir.Node], context: Context) -> list[tuple[ir.Node, int]]:
-    """Finds where the states of all steps are stacked: (Concat, its axis)."""
-    states = [context.layout.bare(node.outputs[1]) for node in chain]
+def _joined(chain: list[ir.Node], context: Context) -> list[tuple[ir.Node, int, bool]]:
+    """Finds where the states of all steps are stacked: (Concat, its axis, last step first)."""
+    states = [{id(context.layout.bare(value)) for value in node.outputs[:2]} for node in chain]
     found = []
     pending, seen = [chain[0].outputs[0], chain[0].outputs[1]], set()
     while pending:
@@ -278,20 +290,18 @@ def _joined(chain: list[ir.Node], context: Context) -> list[tuple[ir.Node, int]]
             seen.add(id(user))
             if user.op_type in ("Squeeze", "Unsqueeze", "Identity", "Reshape"):
                 pending.append(user.outputs[0])
-            if user.op_type != "Concat" or len(user.inputs) != len(chain):
-                continue
             axis = user.attributes.get_int("axis", 0)
-            alike = all(
-                value is not None
-                and rank(value) == 3
-                and axis in (0, 1)
-                and static(value, axis) == 1
-                and (
-                    context.layout.bare(value) is state
-                    or context.layout.bare(value) is context.layout.bare(node.outputs[0])
-                )
-                for value, state, node in zip(user.inputs, states, chain, strict=True)
-            )
-            if alike and axis is not None:
-                found.append((user, axis))
+            parts = [v for v in user.inputs if v is not None]
+            if (
+                user.op_type != "Concat"
+                or len(parts) != len(chain)
+                or axis not in (0, 1)
+                or any(rank(v) != 3 or static(v, axis) != 1 for v in parts)
+            ):
+                continue
+            bare = [id(context.layout.bare(v)) for v in parts]
+            for order in (states, states[::-1]):
+                if all(b in ids for b, ids in zip(bare, order, strict=True)):
+                    found.append((user, axis, order is not states))
+                    break
     return found

@@ -205,6 +205,7 @@ class Context:
     ) -> ir.Value:
         """Adds a Slice along one axis; a reversal needs opset 10."""
         if self.opset < 10:
+            assert step == 1, "whoever reverses looks at the opset before"
             return self.one(before, "Slice", [value], axes=[axis], starts=[start], ends=[end])
         inputs = [
             value,
@@ -220,6 +221,16 @@ class Context:
         """Adds the reversal of the first axis."""
         return self.slice(before, value, 0, -1, _INT64_MIN, -1)
 
+    def for_every_row(self, before: ir.Node, state: ir.Value, x: ir.Value) -> ir.Value:
+        """Adds the expansion of a state ``[1, 1 or N, H]`` to the rows of ``[·, N, ·]``."""
+        shape = self.one(before, "Shape", [x])
+        shape.type = ir.TensorType(ir.DataType.INT64)
+        rows = self.slice(before, shape, 0, 1, 2)
+        one = self.ints(before, [1])
+        target = self.one(before, "Concat", [one, rows, one], axis=0)
+        rows.type = target.type = shape.type
+        return self.one(before, "Expand", [state, target])
+
     def replace(self, old: ir.Value, new: ir.Value) -> None:
         """Lets every reader of a value read another; graph outputs keep their names."""
         users = tuple(old.uses())
@@ -230,7 +241,8 @@ class Context:
         graph = old.graph
         if old.is_graph_output() and graph is not None:
             name = old.name
-            if new.is_graph_output() or new.is_graph_input() or new.producer() is None:
+            maker = new.producer()
+            if new.is_graph_output() or maker is None or maker.graph is not graph:
                 node = next(iter(reversed(list(graph)))) if len(graph) else None
                 assert node is not None
                 new = self.one(node, "Identity", [new])
@@ -342,7 +354,8 @@ def tidy(graph: ir.Graph, context: Context) -> bool:
 
 def layer_name(path: str, op: str) -> str:
     """Returns a name for a lifted operator from the path that its loop or values have."""
-    short = re.sub(r"[/_]while(_loop)?(/.*)?$", "", path).strip("/")
+    short = re.sub(r"[/_]while(_loop)?(/.*)?$", "", path)
+    short = re.sub(r"^(StatefulPartitionedCall/)+", "", short).strip("/")
     return short or f"lifted_{op.lower()}"
 
 

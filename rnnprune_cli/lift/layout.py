@@ -55,6 +55,11 @@ def combined(one: Linear, other: Linear, factor: int = 1) -> Linear:
     return {symbol: times for symbol, times in total.items() if times}
 
 
+def is_named(size: Linear) -> bool:
+    """Tells whether a size is that of a model input's axis, by its name."""
+    return len(size) == 1 and next(iter(size))[0] == "dimension"  # type: ignore[index]
+
+
 class Layout:
     """Answers questions about the shapes of a model's values.
 
@@ -214,7 +219,7 @@ class Layout:
             return source, list(order)[axis]
         if node.op_type in _SAME_SHAPE:
             return source, axis
-        if node.op_type in ("MatMul", "Gemm") and axis == 0 and ndim > 1 and rank(source) == ndim:
+        if node.op_type == "Gemm" and axis == 0:
             return None if node.attributes.get_int("transA") else (source, axis)
         if node.op_type == "MatMul" and axis < ndim - 1 and rank(source) == ndim:
             other = node.inputs[1]

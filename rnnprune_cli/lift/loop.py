@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from rnnprune_cli.lift.body import Choice, Step, choice_of, steps_of
-from rnnprune_cli.lift.context import Context, layer_name, static
+from rnnprune_cli.lift.context import Context, layer_name
 from rnnprune_cli.lift.iteration import Declined, Interface, Sequence, Stack, State
 from rnnprune_cli.lift.layout import MAX_INT32, ONE, rank
 from rnnprune_cli.lift.mask import MASKED, MASKED_HINT, Mask, find_mask
@@ -141,7 +141,8 @@ def _operator(
     context: Context,
 ) -> ir.Node:
     node, before = step.node, loop.node
-    name = node.name or context.unique(layer_name(before.name or "", node.op_type))
+    name, own = layer_name(before.name or "", node.op_type), node.name or ""
+    name = own if not before.name or own == name else context.unique(name)
     inputs: list[ir.Value | None] = [x]
     for role, position in (("W", 1), ("R", 2), ("B", 3)):
         inputs.append(_outer(node, position, role, name, loop, context))
@@ -189,19 +190,10 @@ def _initial(
         context.layout.dimension(*batch_like),
     ):
         return None
-    batch = static(value, -2)
+    rows = context.layout.dimension(value, -2), context.layout.dimension(*batch_like)
     if rank(state.before) == 2:
         value = context.unsqueeze(loop.node, value, [0])
-    if batch == 1 and static(x, 1) != 1:
-        # One state for the whole batch.
-        shape = context.one(loop.node, "Shape", [x])
-        shape.type = ir.TensorType(ir.DataType.INT64)
-        rows = context.slice(loop.node, shape, 0, 1, 2)
-        one = context.ints(loop.node, [1])
-        target = context.one(loop.node, "Concat", [one, rows, one], axis=0)
-        rows.type = target.type = shape.type
-        value = context.one(loop.node, "Expand", [value, target])
-    return value
+    return value if rows[0] == rows[1] else context.for_every_row(loop.node, value, x)
 
 
 class _Outputs:
@@ -305,7 +297,7 @@ class _Outputs:
                 elif id(context.layout.bare(what.before)) in self._held:
                     choice = choice_of(what.after, self._loop, context)
                     step = self._made_by[id(context.layout.bare(choice.new))]
-                    new = self._final(states[id(step.node), 1], what.after)
+                    new = self._final(made[id(step.node)].outputs[1], what.after)
                 else:
                     new = what.initial
                 context.replace(out, new)
@@ -321,8 +313,12 @@ class _Outputs:
                 continue
             ndim = rank(value)
             stacked = node.outputs[0]
-            if choice.mask is not None and not zeroed and not backwards:
-                stacked = self._filled(stacked, states[id(step.node), 1])
+            if choice.mask is not None and choice.old is not None:
+                held = id(context.layout.bare(choice.old)) in self._held
+                fill: ir.Value | None = node.outputs[1] if held else states[id(step.node), 1]
+                if backwards:  # padding comes first
+                    fill = None if held or len(node.inputs) < 6 else node.inputs[5]
+                stacked = stacked if fill is None else self._filled(stacked, fill)
             if ndim == 2:
                 stacked = context.squeeze(before, stacked, [1])
             elif ndim == 4:
@@ -356,7 +352,7 @@ class _Outputs:
         return state
 
     def _filled(self, stacked: ir.Value, state: ir.Value) -> ir.Value:
-        """Repeats the last state where steps are masked, as a loop does."""
+        """Puts a state where steps are masked, as a loop does."""
         context, before = self._context, self._loop.node
         assert self._mask is not None
         mask, ndim = self._mask.steps(before, context)

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from rnnprune_cli.lift.body import sequence_of
 from rnnprune_cli.lift.context import Context
 from rnnprune_cli.lift.iteration import STEP, Declined, Interface, Sequence
-from rnnprune_cli.lift.layout import rank
+from rnnprune_cli.lift.layout import is_float, rank
 
 MASKED = (
     "steps of padded sequences are masked, which an operator does only where all padding is on the"
@@ -84,11 +84,22 @@ class _Counted(Mask):
     value: ir.Value
     x: Sequence
 
+    def _whole(
+        self, before: ir.Node, context: Context, shape: list[int], dtype: ir.DataType
+    ) -> ir.Value:
+        """The lengths as integers: 2.5 lets the steps 0, 1 and 2 count."""
+        value = context.one(before, "Reshape", [self.value, context.ints(before, shape)])
+        value.type = self.value.type
+        if is_float(self.value):
+            value = context.one(before, "Ceil", [value])
+            value.type = self.value.type
+        whole = context.one(before, "Cast", [value], to=dtype.value)
+        whole.type = ir.TensorType(dtype)
+        return whole
+
     def lengths(self, before: ir.Node, context: Context) -> ir.Value:
         """Limits the lengths to what there is; see :meth:`Mask.lengths`."""
-        flat = context.one(before, "Reshape", [self.value, context.ints(before, [-1])])
-        flat.type = self.value.type
-        whole = context.one(before, "Cast", [flat], to=ir.DataType.INT32.value)
+        whole = self._whole(before, context, [-1], ir.DataType.INT32)
         shape = context.one(before, "Shape", [self.x.value])
         shape.type = ir.TensorType(ir.DataType.INT64)
         size = context.slice(before, shape, 0, self.x.axis, self.x.axis + 1)
@@ -97,7 +108,7 @@ class _Counted(Mask):
         limited = context.one(before, "Min", [whole, most])
         lengths = context.one(before, "Max", [limited, least])
         size.type = shape.type
-        for value in (whole, most, limited, lengths):
+        for value in (most, limited, lengths):
             value.type = ir.TensorType(ir.DataType.INT32)
         return lengths
 
@@ -111,11 +122,8 @@ class _Counted(Mask):
         for value in (shape, size, numbers):
             value.type = ir.TensorType(ir.DataType.INT64)
         column = context.unsqueeze(before, numbers, [1])
-        row = context.one(before, "Reshape", [self.value, context.ints(before, [1, -1])])
-        column.type, row.type = numbers.type, self.value.type
-        if row.type != column.type:
-            row = context.one(before, "Cast", [row], to=ir.DataType.INT64.value)
-            row.type = column.type
+        row = self._whole(before, context, [1, -1], ir.DataType.INT64)
+        column.type = numbers.type
         steps = context.one(before, "Less", [column, row])
         steps.type = ir.TensorType(ir.DataType.BOOL)
         return steps, 2
@@ -136,13 +144,17 @@ def find_mask(flag: ir.Value, loop: Interface, context: Context, flips: Set[bool
     if len(flips) > 1:
         raise Declined("it reads masked sequences in both directions")
     (backwards,) = flips
+    x = _any_sequence(loop, context)
+    batch = context.layout.dimension(x.value, 1 - x.axis)
     lengths = _lengths(flag, loop, context)
     if lengths is not None:
         if backwards:
             raise Declined("it counts the steps of a reversed sequence")
         if context.opset < _MIN_OPSET_LENGTHS:
             raise Declined(f"opset {context.opset} cannot limit lengths (needs 12)")
-        return _Counted(flag, True, lengths, _any_sequence(loop, context))
+        if (rank(lengths) or 0) < 1 or context.layout.dimension(lengths, 0) != batch:
+            raise Declined("its lengths may not be one for each sequence")
+        return _Counted(flag, True, lengths, x)
     try:
         steps = sequence_of(flag, loop, context)
     except Declined:
@@ -151,6 +163,8 @@ def find_mask(flag: ir.Value, loop: Interface, context: Context, flips: Set[bool
         raise Declined("its mask is not time-major")
     if loop.steps is not None and context.layout.dimension(steps.value, 0) != loop.steps:
         raise Declined("its mask may have another length than it has steps")
+    if context.layout.dimension(steps.value, 1) != batch:
+        raise Declined("its mask may not have a row for each sequence")
     value, flipped = steps.value, steps.backwards
     while (source := context.layout.reversed_from(value, 0)) is not None:
         value, flipped = source, not flipped
@@ -170,6 +184,8 @@ def _lengths(flag: ir.Value, loop: Interface, context: Context) -> ir.Value | No
     lengths = context.layout.bare(lengths)
     while (made := lengths.producer()) is not None and made.graph is loop.body:
         if made.op_type not in ("Unsqueeze", "Cast", "Reshape") or made.inputs[0] is None:
+            return None
+        if made.op_type == "Cast" and is_float(made.inputs[0]) and not is_float(lengths):
             return None
         lengths = context.layout.bare(made.inputs[0])
     return None if lengths.graph is loop.body else lengths

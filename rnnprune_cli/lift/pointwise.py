@@ -13,7 +13,7 @@ from rnnprune_cli.find import is_recurrent
 from rnnprune_cli.lift.body import choice_of, sequence_of
 from rnnprune_cli.lift.context import Context, static
 from rnnprune_cli.lift.iteration import Declined, Interface, Sequence, Stack
-from rnnprune_cli.lift.layout import is_last_axis, rank
+from rnnprune_cli.lift.layout import Linear, is_last_axis, rank
 
 _ELEMENTWISE = frozenset(
     {"Add", "Sub", "Mul", "Div", "Pow", "Min", "Max", "Neg", "Abs", "Sqrt", "Exp", "Log", "Erf"}
@@ -42,13 +42,19 @@ class Hoister:
         }
         self._flat: dict[int, ir.Value] = {}
         self._shape: ir.Value | None = None
+        self._batches: list[Linear | None] = []
 
     def inputs(self) -> None:
         """Moves what is computed on the way to a recurrent operator."""
         for node in self._loop.body:
             x = node.inputs[0] if is_recurrent(node) and node.inputs else None
             bare = None if x is None else self._context.layout.bare(x)
-            if bare is None or id(bare) in self._made_by or self._is_sequence(bare):
+            if bare is None or id(bare) in self._made_by:
+                continue
+            steps = self._sequence(bare)
+            if steps is not None:
+                size = self._context.layout.dimension(steps.value, 1 - steps.axis)
+                self._batches.append(size)
                 continue
             whole = self._hoisted(bare)
             if whole is not None:
@@ -68,12 +74,11 @@ class Hoister:
             if whole is not None and rank(stack.value) == 2:
                 self._context.replace(stack.out, whole)
 
-    def _is_sequence(self, bare: ir.Value) -> bool:
+    def _sequence(self, bare: ir.Value) -> Sequence | None:
         try:
-            sequence_of(bare, self._loop, self._context)
+            return sequence_of(bare, self._loop, self._context)
         except Declined:
-            return False
-        return True
+            return None
 
     def _hoisted(self, value: ir.Value) -> ir.Value | None:
         """Returns ``[T, N, ·]`` of a value of one step."""
@@ -96,6 +101,8 @@ class Hoister:
                 self._flat[self._key(old)] = made
         flat = self._flat.get(self._key(value))
         if flat is None or self._shape is None:
+            return None
+        if any(batch is None or batch != self._batches[0] for batch in self._batches):
             return None
         target = context.one(before, "Concat", [self._shape, context.ints(before, [-1])], axis=0)
         target.type = ir.TensorType(ir.DataType.INT64)
@@ -151,15 +158,15 @@ class Hoister:
             # Y of one step: rows without the axes of size 1 are what the new stack holds.
             self._loop.scans.append(Stack(_rows(bare, self._loop.body, context), whole))
         else:
-            try:
-                steps = sequence_of(bare, self._loop, context)
-            except Declined:
+            steps = self._sequence(bare)
+            if steps is None:
                 return None
             size = context.layout.dimension(steps.value, steps.axis)
             if steps.backwards or rank(steps.value) != 3 or steps.axis not in (0, 1):
                 return None
             if self._loop.steps is not None and size != self._loop.steps:
                 return None
+            self._batches.append(context.layout.dimension(steps.value, 1 - steps.axis))
             whole = steps.value
             if steps.axis == 1:
                 whole = context.one(before, "Transpose", [whole], perm=[1, 0, 2])

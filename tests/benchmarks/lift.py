@@ -158,8 +158,8 @@ def main() -> None:
             sys.exit(f"their outputs differ by {worst:.2g}")
         found = measure(openers, given)
     print(
-        f"GRU({given.units}), {given.steps} steps of {given.features} features, batch {given.batch};"
-        f" outputs differ by at most {worst:.1g}"
+        f"GRU({given.units}), {given.steps} steps of {given.features} features, batch"
+        f" {given.batch}; outputs differ by at most {worst:.1g}"
     )
     for label, times in found.items():
         print(f"{label:26} {np.median(times):8.3f} ms")
