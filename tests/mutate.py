@@ -572,18 +572,21 @@ def _expose(scope: Scope, rng: np.random.Generator) -> str | None:
     picked = _pick(names, rng)
     if picked is None:
         return None
-    name, inner = picked, scope
+    name, inner = str(picked), scope
+    dtype, shape = scope.kind(name)
+    dims = None if shape is None else list(shape)
     while inner.owner is not None and inner.outside is not None:
         if inner.owner.op_type == "If":
             return None  # the other branch has no such value
-        inner.graph.output.append(helper.make_tensor_value_info(name, scope.kind(picked)[0], None))
+        inner.graph.output.append(helper.make_tensor_value_info(name, dtype, dims))
         for attribute in inner.owner.attribute:
             if attribute.name in ("scan_output_axes", "scan_output_directions"):
                 attribute.ints.append(0)
         name = f"mutant/exposed_{name}"
+        dims = None if dims is None else [None, *dims]
         inner.owner.output.append(name)
         inner = inner.outside
-    inner.graph.output.append(helper.make_tensor_value_info(name, scope.kind(picked)[0], None))
+    inner.graph.output.append(helper.make_tensor_value_info(name, dtype, dims))
     return str(picked)
 
 

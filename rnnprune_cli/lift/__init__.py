@@ -24,7 +24,7 @@ import onnx_ir as ir
 from rnnprune_cli.find import is_recurrent
 from rnnprune_cli.graph import subgraphs
 from rnnprune_cli.lift import cell, chain, check, directions, loop, projection, shapes
-from rnnprune_cli.lift.context import Context, tidy
+from rnnprune_cli.lift.context import Context, depends, tidy
 from rnnprune_cli.lift.iteration import Declined, interface
 from rnnprune_cli.lift.weights import Cell
 from rnnprune_cli.model import Lift, Op, Skipped
@@ -80,7 +80,7 @@ def attempt(
         return replace(again, declined=tuple(reasons.values()))
     rewriter.chains()
     rewriter.sequences()
-    return Attempt(rewriter.proto, tuple(rewriter.lifts), tuple(rewriter.declined.values()))
+    return rewriter.result()
 
 
 class _Rewriter:
@@ -103,21 +103,31 @@ class _Rewriter:
         self._without = without
         self._declared = {info.name for graph in graphs(proto) for info in graph.value_info}
         self._in_loops: dict[str, str] = {}
+        self._known: Context | None = None
 
     def _context(self) -> Context:
-        model = deserialize(self.proto, self._path)
-        shapes.complete(model)
-        return Context(model, self._bytes)
+        """Returns what is known about the model as it is now."""
+        if self._known is None:
+            model = deserialize(self.proto, self._path)
+            shapes.complete(model)
+            self._known = Context(model, self._bytes)
+        return self._known
 
     def _keep(self, context: Context) -> None:
-        """Takes over a changed model, without the shapes that were worked out."""
+        """Takes over a changed model."""
         for graph in _all_graphs(context.model.graph):
             graph.sort()
         self.proto = ir.to_proto(context.model)
         self.proto.ir_version = max(self.proto.ir_version, MIN_IR_INITIALIZERS)
-        for inner in graphs(self.proto):
-            for info in [v for v in inner.value_info if v.name not in self._declared]:
-                inner.value_info.remove(info)
+        self._known = None
+
+    def result(self) -> Attempt:
+        """Returns the model, without the shapes that were worked out, and what was done."""
+        if self.lifts:
+            for graph in graphs(self.proto):
+                for info in [v for v in graph.value_info if v.name not in self._declared]:
+                    graph.value_info.remove(info)
+        return Attempt(self.proto, tuple(self.lifts), tuple(self.declined.values()))
 
     def _decline(self, name: str, reason: str, hint: str = "") -> None:
         self.declined[name] = Skipped(name, reason, hint)
@@ -152,8 +162,8 @@ class _Rewriter:
     def loops(self) -> None:
         """Makes operators over sequences of loops, inner ones first."""
         done = set(self._without)
-        context = self._context()
         while True:
+            context = self._context()
             node = next((n for n in _loops(context.model) if name_of(n) not in done), None)
             if node is None:
                 return
@@ -168,10 +178,10 @@ class _Rewriter:
                 made = loop.lift_loop(interface(node, context), context, self._right_padding)
             except Declined as declined:
                 self._decline(name, declined.reason, declined.hint)
+                self._known = None  # it may be changed half-way
             else:
                 self.lifts += [Lift(name_of(n), "loop", _op(n), name) for n in made]
                 self._keep(context)
-            context = self._context()
 
     def cells_in_loops(self) -> frozenset[str]:
         """Returns the sources of the operators that were made in loops which stay."""
@@ -194,10 +204,14 @@ class _Rewriter:
             ]
             if not found:
                 return
-            name = name_of(found[0][0])
-            done.add(name)
-            made = chain.lift_chain(found[0], context, context.unique(f"{name}/steps"))
-            self.lifts.append(Lift(name_of(made), "chain", _op(made), name))
+            made: list[ir.Node] = []
+            for nodes in found:
+                # One that reads another is to be seen anew.
+                if not any(v is not None and depends(v, made) for n in nodes for v in n.inputs):
+                    name = name_of(nodes[0])
+                    done.add(name)
+                    made.append(chain.lift_chain(nodes, context, context.unique(f"{name}/steps")))
+                    self.lifts.append(Lift(name_of(made[-1]), "chain", _op(made[-1]), name))
             self._keep(context)
 
     def sequences(self) -> None:
@@ -206,13 +220,16 @@ class _Rewriter:
         if made:
             self._everywhere(lambda graph, context: self._fold(graph, context, made))
             self._everywhere(directions.cancel_reversals)
-            self._everywhere(lambda graph, context: self._join(graph, context, made))
+            while self._everywhere(lambda graph, context: self._join(graph, context, made)):
+                pass
             self._everywhere(tidy)
 
-    def _everywhere(self, change: Callable[[ir.Graph, Context], bool]) -> None:
+    def _everywhere(self, change: Callable[[ir.Graph, Context], bool]) -> bool:
         context = self._context()
-        if True in [change(graph, context) for graph in _all_graphs(context.model.graph)]:
+        changed = [change(graph, context) for graph in _all_graphs(context.model.graph)]
+        if any(changed):
             self._keep(context)
+        return any(changed)
 
     @staticmethod
     def _fold(graph: ir.Graph, context: Context, made: Mapping[str, Lift]) -> bool:
@@ -220,16 +237,15 @@ class _Rewriter:
         return True in [projection.fold_projection(node, context) for node in nodes]
 
     def _join(self, graph: ir.Graph, context: Context, made: Mapping[str, Lift]) -> bool:
-        changed = False
-        for forward, backward in list(directions.find_pairs(graph, context, made)):
+        for forward, backward in directions.find_pairs(graph, context, made):
             names = name_of(forward), name_of(backward)
             source = " + ".join(made[name].source for name in names)
             if source not in self._without:
                 name = context.unique(_common(*names))
                 new = directions.join(forward, backward, context, name)
                 self.lifts.append(Lift(name_of(new), "directions", _op(new), source))
-                changed = True
-        return changed
+                return True  # what two of them read of each other is to be seen anew
+        return False
 
 
 def _with_names(proto: onnx.ModelProto) -> onnx.ModelProto:

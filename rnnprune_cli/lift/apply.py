@@ -57,7 +57,13 @@ def lift(
     def rewritten(without: frozenset[str] = frozenset()) -> Attempt:
         return attempt(proto, model.files[0], size, right_padding, without, inside_loops)
 
-    made = rewritten()
+    try:
+        made = rewritten()
+    except RnnpruneError:
+        raise
+    except Exception as error:  # a defect must not keep anyone from pruning
+        model.explain([Skipped(str(model.path), f"defect: {error!r}", "please report it")])
+        return model, None
     if not made.lifts:
         model.explain(made.declined)
         return model, None

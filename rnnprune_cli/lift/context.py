@@ -79,6 +79,24 @@ class Context:
             return 2
         return 1 if source.is_graph_input() or self.layout.constant(source) is not None else 0
 
+    def in_loop(self, value: ir.Value) -> bool:
+        """Tells whether a value is made in the body of a Loop or Scan."""
+        owner = None if value.graph is None else self.walker.owner(value.graph)
+        return owner is not None and owner.op_type in ("Loop", "Scan")
+
+    def reads(self, value: ir.Value, state: ir.Value) -> bool:
+        """Tells whether a value is made from a state."""
+        wanted, pending, seen = self.layout.bare(state), [value], set[int]()
+        while pending:
+            current = self.layout.bare(pending.pop())
+            if current is wanted:
+                return True
+            node = current.producer()
+            if node is not None and id(node) not in seen:
+                seen.add(id(node))
+                pending.extend(v for v in node.inputs if v is not None)
+        return False
+
     def source(self, value: ir.Value) -> ir.Value:
         """Returns the tensor that a value is a part of."""
         while True:
@@ -247,6 +265,7 @@ class Context:
                 assert node is not None
                 new = self.one(node, "Identity", [new])
                 new.type, new.shape = old.type, old.shape
+            new.shape = old.shape
             old.name = self.unique(f"{name}/lifted")
             new.name = name
             for k, output in enumerate(graph.outputs):

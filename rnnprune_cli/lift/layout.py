@@ -305,6 +305,10 @@ class Layout:
             *_SAME_INTEGERS,
         ):
             return None
+        if any(
+            v is not None and v.dtype == ir.DataType.BOOL for v in (*node.inputs, *node.outputs)
+        ):
+            return None
         given = [None if v is None else self.integers(v, known) for v in node.inputs]
         first = given[0]
         if first is None:

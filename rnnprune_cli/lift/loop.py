@@ -83,7 +83,9 @@ def lift_loop(loop: Interface, context: Context, right_padding: bool) -> list[ir
             inner = made[id(step.x)]
             x = context.squeeze(loop.node, inner.outputs[0], [1])
             backwards = inner.attributes.get_string("direction", "forward") == "reverse"
-        made[id(step.node)] = _operator(step, x, batch_like, backwards, lengths, loop, context)
+        made[id(step.node)] = _operator(
+            step, x, batch_like, backwards, lengths, loop, context, first=not made
+        )
     outputs.replace(made, lengths)
     context.clean(list(loop.node.outputs))
     return list(made.values())
@@ -139,10 +141,14 @@ def _operator(
     lengths: ir.Value | None,
     loop: Interface,
     context: Context,
+    first: bool,
 ) -> ir.Node:
     node, before = step.node, loop.node
     name, own = layer_name(before.name or "", node.op_type), node.name or ""
-    name = own if not before.name or own == name else context.unique(name)
+    if not before.name or own == name:
+        name = own
+    elif name != before.name or not first:  # the loop's own name will be free
+        name = context.unique(name)
     inputs: list[ir.Value | None] = [x]
     for role, position in (("W", 1), ("R", 2), ("B", 3)):
         inputs.append(_outer(node, position, role, name, loop, context))

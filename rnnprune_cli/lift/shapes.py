@@ -22,7 +22,10 @@ def complete(model: ir.Model) -> None:
     Args:
         model: The model, after ``onnx.shape_inference``; it has no functions.
     """
-    versions = {domain or "": version for domain, version in model.opset_imports.items()}
+    versions = {
+        "" if domain == "ai.onnx" else domain: version
+        for domain, version in model.opset_imports.items()
+    }
     _graph(model.graph, versions)
 
 

@@ -238,7 +238,7 @@ def _state(
     hidden = form.hidden
     wide = {k: v for k, v in bases.items() if _width(v, form, context) == hidden}
     if len(bases) < 2 or not wide:
-        return "its gates read no state"
+        return "no value that its gates read is its state; something stands between them"
     if form.cell is not None:
         before = earlier.c_next.get(id(context.layout.bare(form.cell)))
         if before is not None and id(before) in wide:
@@ -255,8 +255,12 @@ def _state(
             return value
     scores = {k: context.likeness(v, form.cell, h_next) for k, v in wide.items()}
     best = max(reversed(scores), key=lambda k: scores[k])  # of equals the later: x first, then h
-    if form.op == "RNN" and scores[best] < context.SURE and id(form) not in earlier.certain:
-        return "nothing shows which of its inputs is a state"
+    if form.op == "RNN" and id(form) not in earlier.certain:
+        affine = form.functions[0].name == "Affine"
+        if scores[best] < context.SURE or (affine and not context.in_loop(h_next)):
+            return "nothing shows which of its inputs is a state"
+        if any(context.reads(v, wide[best]) for k, v in bases.items() if k != best):
+            return "its input is made from its state"
     return wide[best]
 
 

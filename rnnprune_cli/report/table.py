@@ -109,16 +109,16 @@ def _layers(report: Report) -> Table:
             _count(row.nonzero_after),
             f"{row.sparsity:.4f}",
             "/".join(dict.fromkeys(row.stored)),
-            row.blocked or _was(row.name, report.lifts),
+            row.blocked or (f"was {was}" if (was := _was(row.name, report.lifts)) else ""),
         )
     return table
 
 
 _WAS = {
-    "cell": "was a hand-written cell",
-    "loop": "was a loop",
-    "chain": "was an unrolled chain",
-    "directions": "was a pair, one for each direction",
+    "cell": "a hand-written cell",
+    "loop": "a loop",
+    "chain": "an unrolled chain",
+    "directions": "a pair, one for each direction",
 }
 
 
@@ -166,7 +166,7 @@ def inspect_table(model: LoadedModel) -> RenderableType:
         Text.assemble((printable(str(model.path)), "bold"), f"   {head}")
     ]
     table = _table(
-        "layer", "op", "inputs", "hidden", "weights", "zeros", "shares", "", right=(2, 3, 4, 5)
+        "layer", "op", "inputs", "hidden", "weights", "zeros", "shares", "was", right=(2, 3, 4, 5)
     )
     owners: dict[str, str] = {}
     for layer in model.layers:
