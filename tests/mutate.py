@@ -106,11 +106,11 @@ def random_feed(
 
 
 def honest(proto: ModelProto, found: Mapping[str, Array]) -> bool:
-    """Tells whether outputs are finite and have the types and shapes that a model declares."""
+    """Tells whether outputs are finite, not empty, and of the types and shapes in the model."""
     for value in proto.graph.output:
         dtype, shape = _kind(value)
         array = found[value.name]
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
+        if not array.size or (array.dtype.kind == "f" and not np.isfinite(array).all()):
             return False
         if shape is not None and not alike((dtype, array.shape), (dtype, shape)):
             return False
@@ -222,8 +222,15 @@ Mutation = Callable[[Scope, np.random.Generator], str | None]
 """Changes something in a graph and says what, or finds nothing to change."""
 
 
-def mutate(proto: ModelProto, rng: np.random.Generator) -> tuple[ModelProto, str]:
-    """Makes one random change, mostly where a cell is.
+def mutate(
+    proto: ModelProto, rng: np.random.Generator, inside: float = 3.0
+) -> tuple[ModelProto, str]:
+    """Makes one random change.
+
+    Args:
+        proto: The model.
+        rng: Where numbers come from.
+        inside: How likely a graph inside is changed, compared with the main graph.
 
     Returns:
         The changed copy, which may not run, and what was changed.
@@ -231,7 +238,7 @@ def mutate(proto: ModelProto, rng: np.random.Generator) -> tuple[ModelProto, str
     mutant = ModelProto()
     mutant.CopyFrom(proto)
     places = scopes(mutant)
-    odds = np.array([1.0 if place.owner is None else 3.0 for place in places])
+    odds = np.array([1.0 if place.owner is None else inside for place in places])
     while True:
         place = places[rng.choice(len(places), p=odds / odds.sum())]
         change = MUTATIONS[rng.choice(len(MUTATIONS), p=_ODDS)]
@@ -605,9 +612,9 @@ _TABLE: tuple[tuple[Mutation, int], ...] = (
     (_operator, 3),
     (_operands, 2),
     (_rewire, 5),
-    (_attribute, 2),
+    (_attribute, 3),
     (_parts, 2),
-    (_constant, 2),
+    (_constant, 4),
     (_weight, 1),
     (_results, 1),
     (_result, 2),

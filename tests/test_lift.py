@@ -257,10 +257,12 @@ BASES = (
     "cells/loop_gru_while",
     "cells/loop_lstm_hoisted",
     "cells/loop_lstm_on_count",
+    "cells/loop_lstm_reverse",
     "cells/loop_lstm_two_ways",
     "cells/loop_rnn_relu",
     "cells/scan_gru0_joint",
     "cells/scan_gru_reverse",
+    "cells/scan_gru_reverse_input",
     "cells/scan_lstm_gates",
     "cells/scan_lstm_reverse_output",
     "cells/step_gru0_gemm",
@@ -281,9 +283,10 @@ BASES = (
     "keras_loops/keras3_cell_stack",
     "keras_loops/keras3_conv",
     "keras_loops/keras3_embedded",
+    "keras_loops/keras3_merge_none",
     "keras_loops/keras3_return_state_gru",
 )
-MUTANTS = 20
+MUTANTS = 60
 GROUPS = 10
 
 

@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
 
 import onnx
 import onnx_ir as ir
@@ -24,10 +23,10 @@ import onnx_ir as ir
 from rnnprune_cli.find import is_recurrent
 from rnnprune_cli.graph import subgraphs
 from rnnprune_cli.lift import cell, chain, check, directions, loop, projection, shapes
-from rnnprune_cli.lift.context import Context, depends, tidy
+from rnnprune_cli.lift.context import Context, depends, op_of, tidy
 from rnnprune_cli.lift.iteration import Declined, interface
 from rnnprune_cli.lift.weights import Cell
-from rnnprune_cli.model import Lift, Op, Skipped
+from rnnprune_cli.model import Lift, Skipped
 from rnnprune_cli.onnx_file import deserialize, graphs
 from rnnprune_cli.rewrite.build import MIN_IR_INITIALIZERS
 
@@ -180,7 +179,7 @@ class _Rewriter:
                 self._decline(name, declined.reason, declined.hint)
                 self._known = None  # it may be changed half-way
             else:
-                self.lifts += [Lift(name_of(n), "loop", _op(n), name) for n in made]
+                self.lifts += [Lift(name_of(n), "loop", op_of(n), name) for n in made]
                 self._keep(context)
 
     def cells_in_loops(self) -> frozenset[str]:
@@ -211,7 +210,7 @@ class _Rewriter:
                     name = name_of(nodes[0])
                     done.add(name)
                     made.append(chain.lift_chain(nodes, context, context.unique(f"{name}/steps")))
-                    self.lifts.append(Lift(name_of(made[-1]), "chain", _op(made[-1]), name))
+                    self.lifts.append(Lift(name_of(made[-1]), "chain", op_of(made[-1]), name))
             self._keep(context)
 
     def sequences(self) -> None:
@@ -243,7 +242,7 @@ class _Rewriter:
             if source not in self._without:
                 name = context.unique(_common(*names))
                 new = directions.join(forward, backward, context, name)
-                self.lifts.append(Lift(name_of(new), "directions", _op(new), source))
+                self.lifts.append(Lift(name_of(new), "directions", op_of(new), source))
                 return True  # what two of them read of each other is to be seen anew
         return False
 
@@ -269,11 +268,6 @@ def _with_names(proto: onnx.ModelProto) -> onnx.ModelProto:
 def name_of(node: ir.Node | None) -> str:
     """Returns the name of a node, or else that of its first output."""
     return "" if node is None else node.name or node.outputs[0].name or node.op_type
-
-
-def _op(node: ir.Node) -> Op:
-    found: Op = next(op for op in get_args(Op) if op == node.op_type)
-    return found
 
 
 def _common(one: str, other: str) -> str:

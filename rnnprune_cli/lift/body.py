@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from rnnprune_cli.find import is_recurrent
 from rnnprune_cli.lift.algebra import Leaf
-from rnnprune_cli.lift.context import Context
+from rnnprune_cli.lift.context import Context, is_flag
 from rnnprune_cli.lift.iteration import STEP, Declined, Interface, Sequence, State
 from rnnprune_cli.lift.layout import ONE, combined, rank
 
@@ -54,8 +54,6 @@ def steps_of(loop: Interface, context: Context) -> list[Step]:
         Declined: If one of them does more than a sequence operator can.
     """
     nodes = [node for node in loop.body if is_recurrent(node)]
-    if not nodes:
-        raise Declined("")
     made_by = {id(context.layout.bare(value)): node for node in nodes for value in node.outputs[:2]}
     found = []
     for node in nodes:
@@ -128,13 +126,11 @@ def choice_of(value: ir.Value, loop: Interface, context: Context) -> Choice:
         if len(term.factors) != 2 or not term.is_one():
             return Choice(bare)
         leaves = [f for f in term.factors if isinstance(f, Leaf)]
-        flags = [f for f in leaves if _cast_from(f.value) is not None]
-        others = [f for f in leaves if _cast_from(f.value) is None]
+        flags = [f for f in leaves if is_flag(f.value)]
+        others = [f for f in leaves if not is_flag(f.value)]
         if len(flags) != 1 or len(others) != 1 or not _is_for_rows(flags[0].value, context):
             return Choice(bare)
-        source = _cast_from(flags[0].value)
-        assert source is not None
-        mask, positive = _boolean(source, context)
+        mask, positive = _boolean(flags[0].value, context)
         masks[id(mask)] = mask
         chosen[positive] = others[0].value
     if len(masks) != 1 or True not in chosen or len(chosen) != len(terms):
@@ -149,14 +145,6 @@ def _is_for_rows(flag: ir.Value, context: Context) -> bool:
     """Tells whether a flag is ``[N, 1]``: one for each row."""
     ndim = rank(flag) or 0
     return ndim > 1 and all(context.layout.is_one(flag, k) for k in range(ndim) if k != ndim - 2)
-
-
-def _cast_from(value: ir.Value) -> ir.Value | None:
-    """Returns the boolean that a number was made of."""
-    node = value.producer()
-    if node is None or node.op_type != "Cast" or node.inputs[0] is None:
-        return None
-    return node.inputs[0] if node.inputs[0].dtype == ir.DataType.BOOL else None
 
 
 def _boolean(value: ir.Value, context: Context) -> tuple[ir.Value, bool]:

@@ -19,10 +19,12 @@ import numpy as np
 import onnx_ir as ir
 
 from rnnprune_cli.lift.check import between
-from rnnprune_cli.lift.context import Context, depends, known_rank, layer_name, static
+from rnnprune_cli.lift.context import Context, depends, known_rank, layer_name
 from rnnprune_cli.lift.equations import NO_GATE, kernel, recognise
 from rnnprune_cli.lift.layout import ONE, is_named, rank
 from rnnprune_cli.lift.weights import Cell, Earlier, attributes, split_state
+
+MIN_OPSET_EXPAND = 8
 
 
 def find_cells(graph: ir.Graph, context: Context) -> tuple[list[Cell], dict[str, str]]:
@@ -168,7 +170,7 @@ def _fits(cell: Cell, context: Context) -> str | None:
         if len(leading) > 1 or None in next(iter(leading)):
             return "input and state have different sizes besides their last axis"
     for state in (cell.h, cell.c):
-        sizes = set() if state is None else {static(state, -2), static(cell.x[0], -2)}
+        sizes = set() if state is None else {context.rows(state), context.rows(cell.x[0])}
         if 1 in sizes and len(sizes) > 1:
             return "one row of its state or input stands for a whole batch"
     after = [v for v in (cell.h_next.producer(), cell.c_next and cell.c_next.producer()) if v]
@@ -178,6 +180,10 @@ def _fits(cell: Cell, context: Context) -> str | None:
         late = maker is not None and context.position(maker) > first
         if before is not None and late and depends(before, after):
             return "its input depends on its new state"
+    if context.opset < MIN_OPSET_EXPAND and any(
+        state is not None and _may_be_fewer(state, cell.x[0], context) for state in (cell.h, cell.c)
+    ):
+        return f"opset {context.opset} cannot expand a state to the batch"
     if context.opset < 7:
         return f"opset {context.opset} has no recurrent operators for it (needs 7)"
     return None
@@ -186,6 +192,12 @@ def _fits(cell: Cell, context: Context) -> str | None:
 def _is_step(value: ir.Value, context: Context) -> bool:
     """Tells whether a value is ``[N, ·]`` or ``[1, N, ·]``."""
     return rank(value) == 2 or (rank(value) == 3 and context.layout.is_one(value, 0))
+
+
+def _may_be_fewer(state: ir.Value, x: ir.Value, context: Context) -> bool:
+    """Tells whether a state's rows are named otherwise than an input's: it may be one for all."""
+    rows = [context.layout.dimension(v, -2) for v in (state, x)]
+    return rows[0] != rows[1] and all(size is not None and is_named(size) for size in rows)
 
 
 def _leading(value: ir.Value, context: Context) -> tuple[object, ...]:
@@ -234,9 +246,8 @@ def write(cell: Cell, context: Context) -> ir.Node:
         ):
             return None
         new = outward(context.current(value), cell.hidden)
-        rows = [context.layout.dimension(v, -2) for v in (value, cell.x[0])]
-        named = all(size is not None and is_named(size) for size in rows)
-        return context.for_every_row(before, new, first) if named and rows[0] != rows[1] else new
+        fewer = _may_be_fewer(value, cell.x[0], context)
+        return context.for_every_row(before, new, first) if fewer else new
 
     weights = [
         None

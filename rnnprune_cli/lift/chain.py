@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from rnnprune_cli.find import is_recurrent
-from rnnprune_cli.lift.context import Context, depends, static
+from rnnprune_cli.lift.context import Context, depends, input_of, is_read, settings, static
 from rnnprune_cli.lift.layout import rank
 
 _WEIGHTS = (1, 2, 3, 7)
@@ -29,7 +29,7 @@ def find_chains(graph: ir.Graph, context: Context) -> list[list[ir.Node]]:
     after = {id(context.layout.bare(v)): n for n in nodes for v in n.outputs[:2]}
     follows: dict[int, list[ir.Node]] = {}
     for node in nodes:
-        before = after.get(id(context.layout.bare(h))) if (h := _input(node, 5)) else None
+        before = after.get(id(context.layout.bare(h))) if (h := input_of(node, 5)) else None
         if before is not None and _continues(before, node, context):
             follows.setdefault(id(before), []).append(node)
     begun = {id(n) for others in follows.values() if len(others) == 1 for n in others}
@@ -44,21 +44,17 @@ def find_chains(graph: ir.Graph, context: Context) -> list[list[ir.Node]]:
     return chains
 
 
-def _input(node: ir.Node, index: int) -> ir.Value | None:
-    return node.inputs[index] if index < len(node.inputs) else None
-
-
 def _is_one_step(node: ir.Node, context: Context) -> bool:
-    x = _input(node, 0)
+    x = input_of(node, 0)
     return (
         x is not None
         and rank(x) == 3
         and context.layout.is_one(x, 0)
-        and _input(node, 4) is None
+        and input_of(node, 4) is None
         and node.attributes.get_string("direction", "forward") != "bidirectional"
         and not node.attributes.get_int("layout")
         and all(
-            (w := _input(node, k)) is None or context.layout.constant(w) is not None
+            (w := input_of(node, k)) is None or context.layout.constant(w) is not None
             for k in _WEIGHTS
         )
     )
@@ -66,17 +62,14 @@ def _is_one_step(node: ir.Node, context: Context) -> bool:
 
 def _continues(before: ir.Node, node: ir.Node, context: Context) -> bool:
     """Tells whether a node is the next step of another."""
-    if before.op_type != node.op_type or _settings(before) != _settings(node):
+    free = ("direction", "layout")
+    if before.op_type != node.op_type or settings(before, *free) != settings(node, *free):
         return False
-    for k in _WEIGHTS:
-        one, other = _input(before, k), _input(node, k)
-        if (one is None) != (other is None):
-            return False
-        if one is not None and other is not None and not _equal(one, other, context):
-            return False
+    if not all(context.same(input_of(before, k), input_of(node, k)) for k in _WEIGHTS):
+        return False
     if node.op_type != "LSTM":
         return True
-    c = _input(node, 6)
+    c = input_of(node, 6)
     return (
         c is not None
         and len(before.outputs) > 2
@@ -84,25 +77,10 @@ def _continues(before: ir.Node, node: ir.Node, context: Context) -> bool:
     )
 
 
-def _settings(node: ir.Node) -> dict[str, object]:
-    return {
-        name: tuple(a.value) if isinstance(a.value, list | tuple) else a.value
-        for name, a in node.attributes.items()
-        if name not in ("direction", "layout")
-    }
-
-
-def _equal(one: ir.Value, other: ir.Value, context: Context) -> bool:
-    if context.layout.origin(one) is context.layout.origin(other):
-        return True
-    a, b = context.layout.constant(one), context.layout.constant(other)
-    return a is not None and b is not None and a.shape == b.shape and bool((a == b).all())
-
-
 def _cut(chain: list[ir.Node], context: Context) -> Iterator[list[ir.Node]]:
     part: list[ir.Node] = []
     for node in chain:
-        x = _input(node, 0)
+        x = input_of(node, 0)
         assert x is not None
         if part and (depends(x, part) or _cell_is_read(part[-1], node, context)):
             yield part
@@ -191,7 +169,7 @@ def lift_chain(chain: list[ir.Node], context: Context, name: str) -> ir.Node:
     """
     first, last = chain[0], chain[-1]
     x, backwards = _sequence(chain, context)
-    inputs = [x, *(_input(first, k) for k in range(1, 8))]
+    inputs = [x, *(input_of(first, k) for k in range(1, 8))]
     while inputs[-1] is None:
         inputs.pop()
     new = context.node(last, first.op_type, inputs, len(first.outputs), name=name)
@@ -209,7 +187,7 @@ def lift_chain(chain: list[ir.Node], context: Context, name: str) -> ir.Node:
 def _sequence(chain: list[ir.Node], context: Context) -> tuple[ir.Value, bool]:
     """Returns the inputs as ``[T, N, I]``, and whether the chain goes through it backwards."""
     before = chain[-1]
-    xs = [x for x in (_input(node, 0) for node in chain) if x is not None]
+    xs = [x for x in (input_of(node, 0) for node in chain) if x is not None]
     places = [_place(x, context) for x in xs]
     known = [p for p in places if p is not None]
     if len(known) == len(xs) and len({(id(p.source), p.axis) for p in known}) == 1:
@@ -233,7 +211,7 @@ def _replace_outputs(chain: list[ir.Node], new: ir.Node, backwards: bool, contex
     joined = _joined(chain, context)
     for old, made in zip(last.outputs[1:], new.outputs[1:], strict=False):
         context.replace(old, made)
-    if _is_read(last.outputs[0]):
+    if is_read(last.outputs[0]):
         context.replace(last.outputs[0], context.unsqueeze(last, new.outputs[1], [0]))
     flat: ir.Value | None = None
     for concat, axis, reversed_order in joined:
@@ -255,10 +233,6 @@ def _replace_outputs(chain: list[ir.Node], new: ir.Node, backwards: bool, contex
             here = context.slice(last, new.outputs[0], 0, index, index + 1)
             context.replace(value, here if k == 0 else context.squeeze(last, here, [0]))
     context.clean([v for node in reversed(chain) for v in node.outputs])
-
-
-def _is_read(value: ir.Value) -> bool:
-    return bool(value.uses()) or value.is_graph_output()
 
 
 def _is_read_besides(value: ir.Value, chain: list[ir.Node]) -> bool:

@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 
 from rnnprune_cli.errors import RnnpruneError
-from rnnprune_cli.lift.context import Context, known_rank, static
+from rnnprune_cli.lift.context import Context, static
 from rnnprune_cli.lift.layout import rank
 from rnnprune_cli.lift.weights import Cell, attributes
 from rnnprune_cli.model import Array, TensorSpec
@@ -78,8 +78,15 @@ def _sample_shape(value: ir.Value, cell: Cell, context: Context) -> list[int]:
     """A shape for random rows: the sizes that are fixed, three where they are not."""
     widths = {id(context.layout.bare(v)): v for v in (*cell.x, cell.h, cell.c) if v is not None}
     last = static(value, -1) or static(widths[id(value)], -1) or cell.hidden
-    sizes = [static(value, k) for k in range(known_rank(value) - 1)]
-    return [3 if size is None else size for size in sizes] + [last]
+    return [*_leading_sizes(value, cell, context), last]
+
+
+def _leading_sizes(value: ir.Value, cell: Cell, context: Context) -> list[int]:
+    """The sizes before the last one: fixed ones, and the batch of the cell for others."""
+    known = (context.rows(v) for v in (*cell.x, cell.h, cell.c) if v is not None)
+    rows = next((size for size in known if size is not None), 3)
+    sizes = [static(value, k) for k in range((rank(value) or 1) - 1)]
+    return [rows if size is None else size for size in sizes]
 
 
 def _given(cell: Cell, context: Context) -> dict[int, ir.Value]:
@@ -93,6 +100,7 @@ def between(cell: Cell, context: Context) -> tuple[list[onnx.NodeProto], dict[st
     given = _given(cell, context)
     nodes: list[onnx.NodeProto] = []
     constants: dict[str, Array] = {}
+    added: set[int] = set()
     done: set[str] = {v.name or "" for v in given.values()}
     pending: list[tuple[ir.Value, bool]] = [
         (v, False) for v in (cell.h_next, cell.c_next) if v is not None
@@ -100,51 +108,35 @@ def between(cell: Cell, context: Context) -> tuple[list[onnx.NodeProto], dict[st
     while pending:
         value, ready = pending.pop()
         node = value.producer()
-        if ready and node is not None:
-            if not any(set(node_output_names(node)) & set(p.output) for p in nodes):
-                nodes.append(ir.to_proto(node))
+        origin = context.layout.origin(value)
+        if ready and origin is not value:  # through an unchanged value of a loop
+            names = [origin.name or ""], [value.name or ""]
+            nodes.append(onnx.helper.make_node("Identity", *names))
+        elif ready and node is not None and id(node) not in added:
+            added.add(id(node))
+            nodes.append(ir.to_proto(node))
+        if ready:
             continue
         if (value.name or "") in done:
             continue
         done.add(value.name or "")
         array = context.layout.constant(value)
-        origin = context.layout.origin(value)
         row = context.algebra.of(value) if array is None else None
         if row is not None and row.degree == 0:  # zeros of a size known at run time
             array = row.terms[()].coefficient if row.terms else np.zeros(1)
             array = array.astype(np.float32)
-            sizes = [static(value, k) for k in range(rank(value) or 0)]
-            if sizes and sizes[-1] is not None:
-                array = np.broadcast_to(array, [3 if size is None else size for size in sizes])
+            if rank(value) and (last := static(value, -1)) is not None:
+                array = np.broadcast_to(array, [*_leading_sizes(value, cell, context), last])
             elif array.size == 1:
                 array = array.reshape(())
         if array is not None:
             constants[value.name or ""] = array
-        elif origin is not value:  # through an unchanged value of a loop
-            pending.append((origin, False))
-            nodes.append(onnx.helper.make_node("Identity", [origin.name or ""], [value.name or ""]))
+        elif origin is not value:
+            pending += [(value, True), (origin, False)]
         elif node is not None:
             pending.append((value, True))
             pending.extend((v, False) for v in node.inputs if v is not None)
-    return _in_order(nodes, set(constants) | {v.name or "" for v in given.values()}), constants
-
-
-def node_output_names(node: ir.Node) -> list[str]:
-    """Returns the names of a node's outputs."""
-    return [v.name or "" for v in node.outputs]
-
-
-def _in_order(nodes: list[onnx.NodeProto], known: set[str]) -> list[onnx.NodeProto]:
-    ordered: list[onnx.NodeProto] = []
-    left = nodes
-    while left:
-        ready = [n for n in left if all(not i or i in known for i in n.input)]
-        if not ready:
-            return ordered + left  # onnxruntime says what is missing
-        ordered += ready
-        known |= {o for n in ready for o in n.output}
-        left = [n for n in left if n not in ready]
-    return ordered
+    return nodes, constants
 
 
 def _operator(cell: Cell) -> onnx.GraphProto:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnx_ir as ir
@@ -13,7 +13,7 @@ import onnx_ir as ir
 from rnnprune_cli.graph import Folder, Walker
 from rnnprune_cli.lift.algebra import Algebra
 from rnnprune_cli.lift.layout import Layout, rank
-from rnnprune_cli.model import Array
+from rnnprune_cli.model import Array, Op
 from rnnprune_cli.rewrite.build import Builder, value_names
 
 _INT64_MIN = -(2**63)
@@ -118,6 +118,43 @@ class Context:
         scanned = loop.attributes.get_int("num_scan_inputs", 0) or 0
         states = len(value.graph.inputs) - scanned
         return value.graph.outputs[position] if position < states else None
+
+    def rows(self, value: ir.Value) -> int | None:
+        """Returns the size of the batch axis; a loop's state has that of its initial value."""
+        bare = self.layout.bare(value)
+        graph = bare.graph
+        owner = None if graph is None else self.walker.owner(graph)
+        size = static(value, -2)
+        carries = owner is not None and owner.op_type in ("Loop", "Scan") and bare.is_graph_input()
+        if size is not None or owner is None or graph is None or not carries:
+            return size
+        if self.carried(owner, bare) is None:
+            return None
+        position = next(i for i, v in enumerate(graph.inputs) if v is bare)
+        initial = owner.inputs[position]
+        return None if initial is None else static(initial, -2)
+
+    def same(self, one: ir.Value | None, other: ir.Value | None) -> bool:
+        """Tells whether two values are one, are equal constants, or are made alike of such."""
+        if one is None or other is None:
+            return one is other
+        one, other = self.layout.origin(one), self.layout.origin(other)
+        if one is other:
+            return True
+        a, b = self.layout.constant(one), self.layout.constant(other)
+        if a is not None and b is not None:
+            return a.shape == b.shape and bool((a == b).all())
+        made, too = one.producer(), other.producer()
+        return (
+            made is not None
+            and too is not None
+            and made.op_type == too.op_type
+            and made.op_type in _DETERMINED
+            and one.index() == other.index()
+            and settings(made) == settings(too)
+            and len(made.inputs) == len(too.inputs)
+            and all(map(self.same, made.inputs, too.inputs))
+        )
 
     def _reaches(self, end: ir.Value, start: ir.Value, layout_only: bool = False) -> bool:
         """Tells whether a value is made from another without leaving its elements' places."""
@@ -324,6 +361,27 @@ def depends(value: ir.Value, on: list[ir.Node]) -> bool:
     return False
 
 
+def input_of(node: ir.Node, index: int) -> ir.Value | None:
+    """Returns an input of a node, None where it has none."""
+    return node.inputs[index] if index < len(node.inputs) else None
+
+
+def settings(node: ir.Node, *besides: str) -> dict[str, str]:
+    """Returns the attributes of a node in a form that can be compared."""
+    return {name: str(a.value) for name, a in node.attributes.items() if name not in besides}
+
+
+def is_read(value: ir.Value) -> bool:
+    """Tells whether anything reads a value."""
+    return bool(value.uses()) or value.is_graph_output()
+
+
+def op_of(node: ir.Node) -> Op:
+    """Returns the operator of a recurrent node."""
+    found: Op = next(op for op in get_args(Op) if op == node.op_type)
+    return found
+
+
 def is_flag(value: ir.Value) -> bool:
     """Tells whether a value is a boolean made a number."""
     node = value.producer()
@@ -378,6 +436,9 @@ def layer_name(path: str, op: str) -> str:
     return short or f"lifted_{op.lower()}"
 
 
+_DETERMINED = frozenset(
+    {"Transpose", "Reshape", "ReduceSum", "Cast", "Squeeze", "Unsqueeze", "Slice"}
+)
 _PARTS = frozenset(
     {"Slice", "Gather", "Split", "Squeeze", "Unsqueeze", "Reshape", "Transpose", "Identity"}
 )

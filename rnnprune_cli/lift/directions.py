@@ -11,9 +11,9 @@ from collections.abc import Container, Iterator
 import numpy as np
 import onnx_ir as ir
 
-from rnnprune_cli.lift.context import Context, depends
+from rnnprune_cli.lift.context import Context, depends, input_of, op_of, settings
 from rnnprune_cli.lift.layout import rank
-from rnnprune_cli.model import GATES, Array, Op
+from rnnprune_cli.model import GATES, Array
 
 _PER_DIRECTION = ("activations", "activation_alpha", "activation_beta")
 
@@ -83,22 +83,13 @@ def _direction(node: ir.Node) -> str:
 
 
 def _fit(one: ir.Node, other: ir.Node, context: Context) -> bool:
-    def same(k: int) -> bool:
-        a, b = _input(one, k), _input(other, k)
-        return (a is None) == (b is None) and (a is None or b is None or _same(a, b, context))
-
     def given(k: int) -> bool:
-        return (_input(one, k) is None) == (_input(other, k) is None)
+        return (input_of(one, k) is None) == (input_of(other, k) is None)
 
-    settings = [
-        {n: str(a.value) for n, a in node.attributes.items() if n != "direction"}
-        for node in (one, other)
-    ]
     return (
         one.op_type == other.op_type
-        and settings[0] == settings[1]
-        and same(0)
-        and same(4)
+        and settings(one, "direction") == settings(other, "direction")
+        and all(context.same(input_of(one, k), input_of(other, k)) for k in (0, 4))
         and all(given(k) for k in (5, 6, 7))
         and _independent(one, other)
     )
@@ -106,40 +97,10 @@ def _fit(one: ir.Node, other: ir.Node, context: Context) -> bool:
 
 def _independent(one: ir.Node, other: ir.Node) -> bool:
     """Neither reads what comes of the other: initial states may."""
-    states = [(v, n) for k in (5, 6) for v, n in ((_input(one, k), other), (_input(other, k), one))]
+    states = [
+        (v, n) for k in (5, 6) for v, n in ((input_of(one, k), other), (input_of(other, k), one))
+    ]
     return not any(v is not None and depends(v, [n]) for v, n in states)
-
-
-def _same(one: ir.Value, other: ir.Value, context: Context) -> bool:
-    one, other = context.layout.origin(one), context.layout.origin(other)
-    if one is other:
-        return True
-    a, b = one.producer(), other.producer()
-    alike = a is not None and b is not None and a.op_type == b.op_type and a.op_type in _ALIKE
-    if not alike or a is None or b is None or len(a.inputs) != len(b.inputs):
-        return False
-    if {n: str(x.value) for n, x in a.attributes.items()} != {
-        n: str(x.value) for n, x in b.attributes.items()
-    }:
-        return False
-    return all(
-        u is v or (u is not None and v is not None and _equal(u, v, context))
-        for u, v in zip(a.inputs, b.inputs, strict=True)
-    )
-
-
-_ALIKE = frozenset({"Transpose", "Reshape", "ReduceSum", "Cast", "Squeeze", "Unsqueeze", "Slice"})
-
-
-def _equal(one: ir.Value, other: ir.Value, context: Context) -> bool:
-    a, b = context.layout.constant(one), context.layout.constant(other)
-    if a is not None and b is not None:
-        return a.shape == b.shape and bool((a == b).all())
-    return _same(one, other, context)
-
-
-def _input(node: ir.Node, index: int) -> ir.Value | None:
-    return node.inputs[index] if index < len(node.inputs) else None
 
 
 def join(forward: ir.Node, backward: ir.Node, context: Context, name: str) -> ir.Node:
@@ -149,11 +110,11 @@ def join(forward: ir.Node, backward: ir.Node, context: Context, name: str) -> ir
         The operator.
     """
     before = backward
-    op: Op = "LSTM" if forward.op_type == "LSTM" else "GRU" if forward.op_type == "GRU" else "RNN"
+    op = op_of(forward)
     hidden = forward.attributes.get_int("hidden_size", 0) or 0
 
     def both(k: int, role: str, width: int) -> ir.Value | None:
-        values = (_input(forward, k), _input(backward, k))
+        values = (input_of(forward, k), input_of(backward, k))
         if values == (None, None):
             return None
         arrays: list[Array] = []
@@ -163,15 +124,15 @@ def join(forward: ir.Node, backward: ir.Node, context: Context, name: str) -> ir
         return context.constant(f"{name}/{role}", np.concatenate(arrays))
 
     def states(k: int) -> ir.Value | None:
-        values = [v for v in (_input(forward, k), _input(backward, k)) if v is not None]
+        values = [v for v in (input_of(forward, k), input_of(backward, k)) if v is not None]
         return context.one(before, "Concat", values, axis=0) if values else None
 
     inputs = [
-        _input(forward, 0),
+        input_of(forward, 0),
         both(1, "W", 0),
         both(2, "R", 0),
         both(3, "B", 2 * GATES[op] * hidden),
-        _input(forward, 4),
+        input_of(forward, 4),
         states(5),
         states(6),
         both(7, "P", 3 * hidden),

@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from rnnprune_cli.lift.body import Choice, Step, choice_of, steps_of
-from rnnprune_cli.lift.context import Context, layer_name
+from rnnprune_cli.lift.context import Context, is_read, layer_name
 from rnnprune_cli.lift.iteration import Declined, Interface, Sequence, Stack, State
 from rnnprune_cli.lift.layout import MAX_INT32, ONE, rank
 from rnnprune_cli.lift.mask import MASKED, MASKED_HINT, Mask, find_mask
@@ -63,7 +63,8 @@ def lift_loop(loop: Interface, context: Context, right_padding: bool) -> list[ir
     wholes = {id(s.node): _whole(s.x, loop, context) for s in steps if isinstance(s.x, Sequence)}
     mask = None
     if (flag := next(iter(masks.values()))) is not None:
-        mask = find_mask(flag, loop, context, {whole.backwards for whole in wholes.values()})
+        masked = next(s.x for s in steps if isinstance(s.x, Sequence))
+        mask = find_mask(flag, masked, loop, context, {w.backwards for w in wholes.values()})
         if not mask.exact and not right_padding:
             raise Declined(MASKED, MASKED_HINT)
     outputs = _Outputs(loop, context, steps, mask)
@@ -243,10 +244,10 @@ class _Outputs:
 
     def _read(self) -> Iterator[tuple[ir.Value, State | Stack]]:
         for state in self._loop.states:
-            if state.final is not None and _is_read(state.final):
+            if state.final is not None and is_read(state.final):
                 yield state.final, state
         for stack in self._loop.scans:
-            if _is_read(stack.out):
+            if is_read(stack.out):
                 yield stack.out, stack
 
     def check(self) -> None:
@@ -315,7 +316,7 @@ class _Outputs:
             zeroed = choice.mask is not None and choice.old is None
             if not zeroed and not what.backwards and not what.axis:
                 self._last_steps(out, states[id(step.node), 1], value)
-            if not _is_read(out):
+            if not is_read(out):
                 continue
             ndim = rank(value)
             stacked = node.outputs[0]
@@ -387,9 +388,5 @@ class _Outputs:
                 index = context.layout.constant(user.inputs[1])
                 if index is not None and index.ndim == 0 and index == -1:
                     context.replace(taken, self._final(state, value))
-            if not _is_read(taken):
+            if not is_read(taken):
                 context.clean([taken])
-
-
-def _is_read(value: ir.Value) -> bool:
-    return bool(value.uses()) or value.is_graph_output()

@@ -129,11 +129,14 @@ class _Counted(Mask):
         return steps, 2
 
 
-def find_mask(flag: ir.Value, loop: Interface, context: Context, flips: Set[bool]) -> Mask:
+def find_mask(
+    flag: ir.Value, x: Sequence, loop: Interface, context: Context, flips: Set[bool]
+) -> Mask:
     """Finds the mask of all steps.
 
     Args:
         flag: The boolean of one step.
+        x: A sequence that is masked.
         loop: The loop.
         context: The model.
         flips: Whether the loop's sequences are read backwards.
@@ -144,7 +147,6 @@ def find_mask(flag: ir.Value, loop: Interface, context: Context, flips: Set[bool
     if len(flips) > 1:
         raise Declined("it reads masked sequences in both directions")
     (backwards,) = flips
-    x = _any_sequence(loop, context)
     batch = context.layout.dimension(x.value, 1 - x.axis)
     lengths = _lengths(flag, loop, context)
     if lengths is not None:
@@ -189,16 +191,3 @@ def _lengths(flag: ir.Value, loop: Interface, context: Context) -> ir.Value | No
             return None
         lengths = context.layout.bare(made.inputs[0])
     return None if lengths.graph is loop.body else lengths
-
-
-def _any_sequence(loop: Interface, context: Context) -> Sequence:
-    """Returns a sequence that has as many steps as the loop."""
-    for node in loop.body:
-        if node.op_type == "Gather":
-            try:
-                return sequence_of(node.outputs[0], loop, context)
-            except Declined:
-                continue
-    if loop.scanned:
-        return next(iter(loop.scanned.values()))
-    raise Declined("it reads no sequence")

@@ -12,9 +12,9 @@ import numpy as np
 import onnx_ir as ir
 
 from rnnprune_cli.lift.algebra import Product
-from rnnprune_cli.lift.context import Context
+from rnnprune_cli.lift.context import Context, op_of
 from rnnprune_cli.lift.layout import rank
-from rnnprune_cli.model import GATES, Array, Op
+from rnnprune_cli.model import GATES, Array
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +33,7 @@ def fold_projection(node: ir.Node, context: Context) -> bool:
     Returns:
         Whether there was a projection.
     """
-    op: Op = "LSTM" if node.op_type == "LSTM" else "GRU" if node.op_type == "GRU" else "RNN"
+    op = op_of(node)
     w = context.layout.constant(node.inputs[1])
     if w is None or len(w) != 1 or not _selects(w[0]) or node.inputs[0] is None:
         return False
