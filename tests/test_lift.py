@@ -163,7 +163,9 @@ def test_masked_layer_stays_a_loop_without_a_promise(name: str) -> None:
     made = tried(f"keras_loops/{name}")
     assert made.loops == len(KERAS[name]["loops"])
     assert len(made.attempt.declined) == made.loops
-    assert all("--assume-right-padding" in skipped.hint for skipped in made.attempt.declined)
+    hinted = ["--assume-right-padding" in skipped.hint for skipped in made.attempt.declined]
+    # What the size of a second layer's input is, nothing tells while the first one is a loop.
+    assert all(hinted[:1] if "words" in name else hinted)
     assert_near(results(f"keras_loops/{name}"), made.expected)
 
 

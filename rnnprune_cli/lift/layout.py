@@ -7,7 +7,7 @@ from collections.abc import Hashable, Mapping
 import onnx_ir as ir
 
 from rnnprune_cli.graph import Folder, Walker
-from rnnprune_cli.model import Array
+from rnnprune_cli.model import GATES, Array
 
 Linear = Mapping[Hashable, int]
 """An integer as a sum of symbols times factors; the key :data:`ONE` holds the constant."""
@@ -219,6 +219,9 @@ class Layout:
             return source, list(order)[axis]
         if node.op_type in _SAME_SHAPE:
             return source, axis
+        if node.op_type in GATES and not node.attributes.get_int("layout"):
+            # Y [T, directions, N, H], Y_h and Y_c [directions, N, H] of X [T, N, I]
+            return {4: {0: (source, 0), 2: (source, 1)}, 3: {1: (source, 1)}}[ndim].get(axis)
         if node.op_type == "Gemm" and axis == 0:
             return None if node.attributes.get_int("transA") else (source, axis)
         if node.op_type == "MatMul" and axis < ndim - 1 and rank(source) == ndim:

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from rnnprune_cli.lift.body import sequence_of
 from rnnprune_cli.lift.context import Context
 from rnnprune_cli.lift.iteration import STEP, Declined, Interface, Sequence
-from rnnprune_cli.lift.layout import is_float, rank
+from rnnprune_cli.lift.layout import ONE, is_float, rank
 
 MASKED = (
     "steps of padded sequences are masked, which an operator does only where all padding is on the"
@@ -79,10 +79,17 @@ class _Given(Mask):
 
 @dataclass(frozen=True, eq=False)
 class _Counted(Mask):
-    """Lengths ``[N]`` or ``[N, 1]`` of any numeric type, that the number of the step is held to."""
+    """Lengths ``[N]`` or ``[N, 1]`` of any numeric type, that the number of the step is held to.
+
+    Attributes:
+        value: The lengths.
+        x: A sequence with as many steps as the loop runs, if ``most`` is None.
+        most: The number of steps.
+    """
 
     value: ir.Value
     x: Sequence
+    most: int | None
 
     def _whole(
         self, before: ir.Node, context: Context, shape: list[int], dtype: ir.DataType
@@ -97,29 +104,33 @@ class _Counted(Mask):
         whole.type = ir.TensorType(dtype)
         return whole
 
+    def _size(self, before: ir.Node, context: Context) -> ir.Value:
+        """The number of steps, ``[1]``."""
+        if self.most is not None:
+            return context.ints(before, [self.most])
+        shape = context.one(before, "Shape", [self.x.value])
+        size = context.slice(before, shape, 0, self.x.axis, self.x.axis + 1)
+        shape.type = size.type = ir.TensorType(ir.DataType.INT64)
+        return size
+
     def lengths(self, before: ir.Node, context: Context) -> ir.Value:
         """Limits the lengths to what there is; see :meth:`Mask.lengths`."""
         whole = self._whole(before, context, [-1], ir.DataType.INT32)
-        shape = context.one(before, "Shape", [self.x.value])
-        shape.type = ir.TensorType(ir.DataType.INT64)
-        size = context.slice(before, shape, 0, self.x.axis, self.x.axis + 1)
+        size = self._size(before, context)
         most = context.one(before, "Cast", [size], to=ir.DataType.INT32.value)
         least = context.constant("lift/none", np.zeros(1, np.int32))
         limited = context.one(before, "Min", [whole, most])
         lengths = context.one(before, "Max", [limited, least])
-        size.type = shape.type
         for value in (most, limited, lengths):
             value.type = ir.TensorType(ir.DataType.INT32)
         return lengths
 
     def steps(self, before: ir.Node, context: Context) -> tuple[ir.Value, int]:
         """Compares every step's number with the lengths; see :meth:`Mask.steps`."""
-        shape = context.one(before, "Shape", [self.x.value])
-        index = context.constant(f"lift/axis{self.x.axis}", np.array(self.x.axis, np.int64))
-        size = context.one(before, "Gather", [shape, index], axis=0)
+        size = context.squeeze(before, self._size(before, context), [0])
         first, one = (context.constant(f"lift/{k}", np.array(k, np.int64)) for k in (0, 1))
         numbers = context.one(before, "Range", [first, size, one])
-        for value in (shape, size, numbers):
+        for value in (size, numbers):
             value.type = ir.TensorType(ir.DataType.INT64)
         column = context.unsqueeze(before, numbers, [1])
         row = self._whole(before, context, [1, -1], ir.DataType.INT64)
@@ -156,7 +167,9 @@ def find_mask(
             raise Declined(f"opset {context.opset} cannot limit lengths (needs 12)")
         if (rank(lengths) or 0) < 1 or context.layout.dimension(lengths, 0) != batch:
             raise Declined("its lengths may not be one for each sequence")
-        return _Counted(flag, True, lengths, x)
+        fixed = loop.steps is not None and set(loop.steps) == {ONE}
+        most = loop.steps[ONE] if fixed and loop.steps is not None else None
+        return _Counted(flag, True, lengths, x, most)
     try:
         steps = sequence_of(flag, loop, context)
     except Declined:

@@ -203,7 +203,8 @@ class Hoister:
                 and (added is None or added.size == (added.shape[-1] if added.ndim else 1))
             )
         if node.op_type in _ALONG_ROWS:
-            return is_last_axis(node, node.outputs[0], -1) and (
+            default = 0 if node.op_type == "Split" else -1
+            return is_last_axis(node, node.outputs[0], default) and (
                 node.op_type in ("Concat",) or all(constants[1:])
             )
         return False
