@@ -368,7 +368,7 @@ def _stored(scope: Scope) -> list[tuple[str, TensorProto]]:
 
 
 def _store(tensor: TensorProto, array: Array) -> None:
-    tensor.CopyFrom(arrays.from_array(np.ascontiguousarray(array), tensor.name))
+    tensor.CopyFrom(arrays.from_array(np.array(array, order="C"), tensor.name))
 
 
 def _constant(scope: Scope, rng: np.random.Generator) -> str | None:

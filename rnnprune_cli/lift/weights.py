@@ -64,93 +64,54 @@ class Cell:
     weights: tuple[str, ...]
 
 
+class _NoCell(Exception):  # noqa: N818  an answer, not an error
+    """Why a form is no cell."""
+
+
 def split_state(form: Form, h_next: ir.Value, context: Context, earlier: Earlier) -> Cell | str:
     """Tells state from input and puts the weights together.
 
     Returns:
         The cell, or a sentence saying why it is none.
     """
+    try:
+        return _assembled(form, h_next, context, earlier)
+    except _NoCell as reason:
+        return str(reason)
+
+
+def _assembled(form: Form, h_next: ir.Value, context: Context, earlier: Earlier) -> Cell:
+    bare = context.layout.bare
     bases = _bases(form, context)
-    hidden = form.hidden
     state = form.state
     if state is None and not form.from_zero:
-        found = _state(form, h_next, bases, context, earlier)
-        if isinstance(found, str):
-            return found
-        state = found
-    key = 0 if state is None else id(context.layout.bare(state))
-    inputs = [v for k, v in bases.items() if k != key]
+        state = _state(form, h_next, bases, context, earlier)
+    taken = {id(bare(v)) for v in (state, form.reset_state) if v is not None}
+    inputs = [v for k, v in bases.items() if k not in taken]
     if not inputs:
-        return "it has no input besides its state"
-    if form.reset_state is not None:
-        skip = id(context.layout.bare(form.reset_state))
-        inputs = [v for v in inputs if id(context.layout.bare(v)) != skip]
-    if not inputs:
-        return "it has no input besides its state"
-    blocks_w, blocks_r, bias_w, bias_r = [], [], [], []
-    peepholes: list[Array | None] = []
-    cell = None if form.cell is None else id(context.layout.bare(form.cell))
+        raise _NoCell("it has no input besides its state")
+    w, r, bias, inner_bias, peepholes = [], [], [], [], []
     for number, each in enumerate(form.gates):
-        gathered = _gather(each, context)
-        last = form.op == "GRU" and number == 2
-        peepholes.append(None)
-        if (
-            cell is not None
-            and cell in gathered
-            and cell != key
-            and cell not in {id(context.layout.bare(v)) for v in inputs}
-        ):
-            diagonal = _diagonal(gathered.pop(cell), hidden)
-            if diagonal is None or number in (1, 3):
-                return "its cell state enters a gate where no peephole is"
-            peepholes[-1] = diagonal
-        if last and form.reset_state is not None:
-            if key in gathered:
-                return "its candidate reads the state past the reset gate"
-            key_r = id(context.layout.bare(form.reset_state))
-            recurrent = gathered.pop(key_r, None)
-        elif last and form.recurrent is not None:
-            if key in gathered:
-                return "its candidate reads the state past the reset gate"
-            inner = _gather(form.recurrent, context)
-            recurrent = inner.pop(key, None)
-            if inner:
-                return "its reset gate multiplies more than the state"
-        elif form.from_zero:
-            recurrent = None
-        else:
-            recurrent = gathered.pop(key, None)
-        parts = []
-        for v in inputs:
-            width = _width(v, form, context)
-            if width is None:
-                return f"the width of '{v.name}' is not known"
-            matrix = gathered.pop(id(context.layout.bare(v)), np.zeros((width, hidden), np.float32))
-            if matrix.shape != (width, hidden):
-                return f"'{v.name}' enters its gates with different widths"
-            parts.append(matrix)
-        if gathered:
-            return "its gates read values that are neither input nor state"
-        if recurrent is None:
-            recurrent = np.zeros((hidden, hidden), np.float32)
-        if recurrent.shape != (hidden, hidden):
-            return "its state has another width than its gates"
-        blocks_w.append(np.concatenate(parts).T)
-        blocks_r.append(recurrent.T)
-        bias_w.append(np.broadcast_to(each.bias, hidden))
-        inside = form.recurrent.bias if last and form.recurrent is not None else np.zeros(1)
-        bias_r.append(np.broadcast_to(inside, hidden))
-    if not form.from_zero and not any(block.any() for block in blocks_r):
-        return "its state does not enter its gates"
+        matrices = _gather(each, context)
+        peepholes.append(_peephole(form, number, matrices, state, inputs, context))
+        block, inside = _recurrent(form, number, matrices, state, context)
+        r.append(block.T)
+        w.append(_input_block(form, matrices, inputs, context).T)
+        bias.append(np.broadcast_to(each.bias, form.hidden))
+        inner_bias.append(np.broadcast_to(inside, form.hidden))
+        if matrices:
+            raise _NoCell("its gates read values that are neither input nor state")
+    if not form.from_zero and not any(block.any() for block in r):
+        raise _NoCell("its state does not enter its gates")
     p = None
     if form.op == "LSTM":
         peepholes[1] = form.output_peephole
-        if any(one is not None for one in peepholes[:3]):
-            p = np.stack([np.broadcast_to(0.0 if q is None else q, hidden) for q in peepholes[:3]])
-            p = p.reshape(1, -1).astype(np.float32)
+        if any(one is not None for one in peepholes):
+            three = [np.broadcast_to(0.0 if q is None else q, form.hidden) for q in peepholes[:3]]
+            p = np.concatenate(three)[None].astype(np.float32)
     return Cell(
         form.op,
-        hidden,
+        form.hidden,
         form.functions,
         form.op == "GRU" and form.recurrent is not None,
         tuple(inputs),
@@ -158,13 +119,81 @@ def split_state(form: Form, h_next: ir.Value, context: Context, earlier: Earlier
         form.cell,
         h_next,
         form.cell_next,
-        np.ascontiguousarray(np.concatenate(blocks_w)[None], np.float32),
-        np.ascontiguousarray(np.concatenate(blocks_r)[None], np.float32),
-        np.concatenate([*bias_w, *bias_r])[None].astype(np.float32),
+        np.ascontiguousarray(np.concatenate(w)[None], np.float32),
+        np.ascontiguousarray(np.concatenate(r)[None], np.float32),
+        np.concatenate([*bias, *inner_bias])[None].astype(np.float32),
         p,
         kernel(form),
         tuple(t.factors[0].name for t in readings(form) if isinstance(t.factors[0], Product)),
     )
+
+
+def _peephole(
+    form: Form,
+    number: int,
+    matrices: dict[int, Array],
+    state: ir.Value | None,
+    inputs: list[ir.Value],
+    context: Context,
+) -> Array | None:
+    """Takes out what a gate of an LSTM reads of the cell state: ``[hidden]``, or None."""
+    if form.cell is None:
+        return None
+    bare = context.layout.bare
+    key = id(bare(form.cell))
+    elsewhere = {id(bare(v)) for v in (state, *inputs) if v is not None}
+    if key not in matrices or key in elsewhere:
+        return None
+    diagonal = _diagonal(matrices.pop(key), form.hidden)
+    if diagonal is None or number in (1, 3):
+        raise _NoCell("its cell state enters a gate where no peephole is")
+    return diagonal
+
+
+def _recurrent(
+    form: Form,
+    number: int,
+    matrices: dict[int, Array],
+    state: ir.Value | None,
+    context: Context,
+) -> tuple[Array, Array]:
+    """Takes out what a gate reads of the state: ``[hidden, hidden]``, and a bias within a reset."""
+    found, bias = None, np.zeros(1)
+    key = None if state is None else id(context.layout.bare(state))
+    candidate = form.op == "GRU" and number == 2
+    if candidate and key in matrices:
+        raise _NoCell("its candidate reads the state past the reset gate")
+    if candidate and form.reset_state is not None:
+        found = matrices.pop(id(context.layout.bare(form.reset_state)), None)
+    elif candidate and form.recurrent is not None:
+        inner, bias = _gather(form.recurrent, context), form.recurrent.bias
+        found = None if key is None else inner.pop(key, None)
+        if inner:
+            raise _NoCell("its reset gate multiplies more than the state")
+    elif key is not None:
+        found = matrices.pop(key, None)
+    if found is None:
+        found = np.zeros((form.hidden, form.hidden), np.float32)
+    if found.shape != (form.hidden, form.hidden):
+        raise _NoCell("its state has another width than its gates")
+    return found, bias
+
+
+def _input_block(
+    form: Form, matrices: dict[int, Array], inputs: list[ir.Value], context: Context
+) -> Array:
+    """Takes out what a gate reads of the inputs: ``[inputs, hidden]``."""
+    parts = []
+    for value in inputs:
+        width = _width(value, form, context)
+        if width is None:
+            raise _NoCell(f"the width of '{value.name}' is not known")
+        missing = np.zeros((width, form.hidden), np.float32)
+        matrix = matrices.pop(id(context.layout.bare(value)), missing)
+        if matrix.shape != missing.shape:
+            raise _NoCell(f"'{value.name}' enters its gates with different widths")
+        parts.append(matrix)
+    return np.concatenate(parts)
 
 
 def _bases(form: Form, context: Context) -> dict[int, ir.Value]:
@@ -233,12 +262,12 @@ class Earlier:
 
 def _state(
     form: Form, h_next: ir.Value, bases: dict[int, ir.Value], context: Context, earlier: Earlier
-) -> ir.Value | str:
+) -> ir.Value:
     """Finds the state among the values that the gates of an LSTM or RNN read."""
     hidden = form.hidden
     wide = {k: v for k, v in bases.items() if _width(v, form, context) == hidden}
     if len(bases) < 2 or not wide:
-        return "no value that its gates read is its state; something stands between them"
+        raise _NoCell("no value that its gates read is its state; something stands between them")
     if form.cell is not None:
         before = earlier.c_next.get(id(context.layout.bare(form.cell)))
         if before is not None and id(before) in wide:
@@ -258,9 +287,9 @@ def _state(
     if form.op == "RNN" and id(form) not in earlier.certain:
         affine = form.functions[0].name == "Affine"
         if scores[best] < context.SURE or (affine and not context.in_loop(h_next)):
-            return "nothing shows which of its inputs is a state"
+            raise _NoCell("nothing shows which of its inputs is a state")
         if any(context.reads(v, wide[best]) for k, v in bases.items() if k != best):
-            return "its input is made from its state"
+            raise _NoCell("its input is made from its state")
     return wide[best]
 
 
