@@ -351,3 +351,34 @@ def test_changed_graph_is_lifted_to_the_same_or_left_as_it_is(group: int) -> Non
     assert not seen.wrong, "\n".join(seen.wrong)
     assert seen.lifted
     assert seen.declined
+
+
+def test_a_cell_without_a_batch_axis_becomes_an_operator() -> None:
+    rng = np.random.default_rng(0)
+    text = """
+        <ir_version: 9, opset_import: ["": 18]>
+        cell (float[5] x, float[6] h, float[6] c) => (float[6] hn, float[6] cn) {
+            a = MatMul(x, W)
+            b = MatMul(h, R)
+            t = Add(a, b)
+            i, f, g, o = Split <axis = 0, num_outputs = 4> (t)
+            i1 = Sigmoid(i)
+            f1 = Sigmoid(f)
+            g1 = Tanh(g)
+            o1 = Sigmoid(o)
+            kept = Mul(f1, c)
+            new = Mul(i1, g1)
+            cn = Add(kept, new)
+            out = Tanh(cn)
+            hn = Mul(o1, out)
+        }
+    """
+    model = onnx.parser.parse_model(text)
+    for name, rows in (("W", 5), ("R", 6)):
+        array = rng.standard_normal((rows, 24)).astype(np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    made = attempt(model, GRAPHS / "none.onnx", 0)
+    assert [node.op_type for node in made.proto.graph.node if node.op_type == "LSTM"] == ["LSTM"]
+    feed = {n: rng.standard_normal(k).astype(np.float32) for n, k in (("x", 5), ("h", 6), ("c", 6))}
+    before, after = (outputs(session(proto), feed) for proto in (model, made.proto))
+    assert_near(after, before)

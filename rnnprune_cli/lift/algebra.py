@@ -354,8 +354,6 @@ class Algebra:
         matrix = self._layout.constant(node.inputs[1])
         if matrix is None or matrix.ndim != 2 or node.inputs[0] is None:
             return None
-        if (rank(node.inputs[0]) or 0) < 2:
-            return None
         return self._product(
             node.inputs[0], self._kept(node.inputs[1], matrix), self._constant_name(node.inputs[1])
         )

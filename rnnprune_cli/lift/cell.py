@@ -160,8 +160,8 @@ def _fits(cell: Cell, context: Context) -> str | None:
             return f"its type is {value.dtype}, for which onnxruntime has no recurrent operators"
         if rank(value) is None:
             return f"the number of dimensions of '{value.name}' is not known"
-        if rank(value) == 1:
-            return "it has no batch axis"
+    if 1 in (ranks := {rank(v) for v in values}) and len(ranks) > 1:
+        return "one row of its state or input stands for a whole batch"
     rows = {_leading(v, context) for v in cell.x}
     if len(rows) > 1 or (len(cell.x) > 1 and None in next(iter(rows))):
         return "its inputs may have different sizes besides their last axis"
@@ -190,8 +190,8 @@ def _fits(cell: Cell, context: Context) -> str | None:
 
 
 def _is_step(value: ir.Value, context: Context) -> bool:
-    """Tells whether a value is ``[N, ·]`` or ``[1, N, ·]``."""
-    return rank(value) == 2 or (rank(value) == 3 and context.layout.is_one(value, 0))
+    """Tells whether a value is ``[·]``, ``[N, ·]`` or ``[1, N, ·]``."""
+    return rank(value) in (1, 2) or (rank(value) == 3 and context.layout.is_one(value, 0))
 
 
 def _may_be_fewer(state: ir.Value, x: ir.Value, context: Context) -> bool:
@@ -220,15 +220,15 @@ def write(cell: Cell, context: Context) -> ir.Node:
         x = context.one(before, "Concat", inputs_now, axis=-1)
 
     def outward(value: ir.Value, columns: int) -> ir.Value:
-        if rank(value) == 2:
-            return context.unsqueeze(before, value, [0])
+        if (rank(value) or 0) < 3:
+            return context.unsqueeze(before, value, [0] if rank(value) == 2 else [0, 1])
         if _is_step(value, context):
             return value
         return context.one(before, "Reshape", [value, context.ints(before, [1, -1, columns])])
 
     def inward(value: ir.Value, old: ir.Value) -> ir.Value:
-        if rank(old) == 2:
-            return context.squeeze(before, value, [0])
+        if (rank(old) or 0) < 3:
+            return context.squeeze(before, value, [0] if rank(old) == 2 else [0, 1])
         if _is_step(old, context):
             return value
         shape = context.one(before, "Shape", [context.current(cell.h or cell.x[0])])
