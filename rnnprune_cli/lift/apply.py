@@ -104,6 +104,7 @@ class _Comparison:
         self._model = model
         self._folder = folder
         self._threads = threads
+        self._attempts = 0
         self._original = model.open(threads)
         self._names = [o.name for o in self._original.outputs]
         feeds = ((CLAIM, made_up, True), (f"{CLAIM}, on the data", given, False))
@@ -128,7 +129,8 @@ class _Comparison:
 
     def _written(self, proto: onnx.ModelProto) -> Path:
         """Writes a model, with copies of its data files beside it."""
-        path = self._folder / "lifted.onnx"
+        self._attempts += 1  # a model that was returned is never overwritten
+        path = self._folder / f"lifted{self._attempts}.onnx"
         path.write_bytes(proto.SerializeToString(deterministic=True))
         for file in self._model.files[1:]:
             target = self._folder / file.relative_to(self._model.files[0].parent)

@@ -217,6 +217,14 @@ class Layout:
         if node.op_type == "Transpose":
             order = node.attributes.get_ints("perm", ()) or range(ndim)[::-1]
             return source, list(order)[axis]
+        if node.op_type == "Slice":
+            bounds = self.slice_bounds(node)
+            if bounds is None:
+                return None
+            start, end, step = {a % ndim: bound for a, bound in bounds.items()}.get(axis, (0, 0, 0))
+            whole = (start, step) == (0, 1) and end >= MAX_INT32
+            backwards = (start, step) == (-1, -1) and end < -MAX_INT32
+            return (source, axis) if whole or backwards or step == 0 else None
         if node.op_type in _SAME_SHAPE:
             return source, axis
         if node.op_type in GATES and not node.attributes.get_int("layout"):
