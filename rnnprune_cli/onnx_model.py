@@ -109,11 +109,15 @@ class OnnxModel(LoadedModel):
         reasons = {item.name: item for item in declined}
         own = {item.name for item in self.skipped}
         self.skipped = tuple(reasons.get(item.name, item) for item in self.skipped)
-        self.warnings += tuple(
-            f"'{item.name}' is not lifted: {item.reason}" + (f"; {item.hint}" if item.hint else "")
-            for item in declined
-            if item.name not in own
-        )
+        alike: dict[tuple[str, str], list[str]] = {}
+        for item in declined:
+            if item.name not in own:
+                alike.setdefault((item.reason, item.hint), []).append(f"'{item.name}'")
+        for (reason, hint), names in alike.items():
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            verb = "are" if len(names) > 1 else "is"
+            said = f"{', '.join(names[:3])}{more} {verb} not lifted: {reason}"
+            self.warnings += (f"{said}; {hint}" if hint else said,)
 
     @property
     def _weights(self) -> dict[str, Weight]:

@@ -182,6 +182,8 @@ def prune(options: PruneOptions, arguments: Mapping[str, Any], progress: Progres
             progress(f"reading {options.data}")
             data = load_dataset(options.data, original.inputs)
         feeds = _feeds(original, model.layers, data, options.seed)
+        if data is None and options.right_padding:
+            feeds = [*map(padded_on_the_right, feeds)]
         claims = [
             *lifted,
             *([claim] if masks else []),

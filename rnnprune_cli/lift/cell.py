@@ -68,13 +68,10 @@ def find_cells(graph: ir.Graph, context: Context) -> tuple[list[Cell], dict[str,
             found = reason
         if form.op != "RNN":
             declined[node.name or value.name or node.op_type] = found
-    inside = {
-        name
-        for each in cells.values()
-        if each.op != "RNN"
-        for node_proto in between(each, context)[0]
-        for name in node_proto.output
-    }
+    inside: set[str] = set()
+    if any(each.op == "RNN" for each in cells.values()):
+        others = (each for each in cells.values() if each.op != "RNN")
+        inside.update(o for each in others for n in between(each, context)[0] for o in n.output)
     # A gate alone has the form of an RNN; Keras runs a masked cell once more, for its shape only.
     kept = [
         c for c in cells.values() if (c.op != "RNN" or c.h_next.name not in inside) and _is_used(c)
@@ -213,7 +210,7 @@ def write(cell: Cell, context: Context) -> ir.Node:
     """
     before = cell.h_next.producer()
     assert before is not None and before.graph is not None
-    name = context.unique(_name(cell))
+    name = context.unique(_name(cell, context))
     inputs_now = [context.current(v) for v in cell.x]
     x = inputs_now[0]
     if len(inputs_now) > 1:
@@ -276,8 +273,12 @@ def write(cell: Cell, context: Context) -> ir.Node:
     return node
 
 
-def _name(cell: Cell) -> str:
-    """A name from the path that exporters give the values or the weights of a layer."""
+def _name(cell: Cell, context: Context) -> str:
+    """A name from the path that exporters give the loop, the values or the weights of a layer."""
+    graph = cell.h_next.graph
+    owner = None if graph is None else context.walker.owner(graph)
+    if owner is not None and owner.op_type in ("Loop", "Scan") and owner.name:
+        return layer_name(owner.name, cell.op)
     path = (cell.h_next.name or "").split(":")[0].rsplit("/", 1)
     if len(path) == 2 and path[0].strip("/"):
         return layer_name(path[0], cell.op)

@@ -432,7 +432,8 @@ def tidy(graph: ir.Graph, context: Context) -> bool:
 def layer_name(path: str, op: str) -> str:
     """Returns a name for a lifted operator from the path that its loop or values have."""
     short = re.sub(r"[/_]while(_loop)?(/.*)?$", "", path)
-    short = re.sub(r"^(StatefulPartitionedCall/)+", "", short).strip("/")
+    short = re.sub(r"^(StatefulPartitionedCall/)+|/(Stateful)?PartitionedCall$", "", short)
+    short = short.strip("/")
     return short or f"lifted_{op.lower()}"
 
 

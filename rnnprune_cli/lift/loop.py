@@ -146,7 +146,7 @@ def _operator(
 ) -> ir.Node:
     node, before = step.node, loop.node
     name, own = layer_name(before.name or "", node.op_type), node.name or ""
-    if not before.name or own == name:
+    if not before.name or own.startswith(name):
         name = own
     elif name != before.name or not first:  # the loop's own name will be free
         name = context.unique(name)
