@@ -415,7 +415,8 @@ def tidy(graph: ir.Graph, context: Context) -> bool:
     for node in list(graph):
         source = node.inputs[0] if node.inputs else None
         before = None if source is None else source.producer()
-        if node.op_type not in opposite or before is None or before.inputs[0] is None:
+        inner = None if before is None else input_of(before, 0)
+        if node.op_type not in opposite or before is None or inner is None:
             continue
         ours = any((n.outputs[0].name or "").startswith("lift_") for n in (node, before))
         if before.op_type != opposite[node.op_type] or not ours:
@@ -423,7 +424,7 @@ def tidy(graph: ir.Graph, context: Context) -> bool:
         longer = before.outputs[0] if before.op_type == "Unsqueeze" else node.outputs[0]
         axes = [context.layout.axes(n, rank(longer)) for n in (before, node)]
         if axes[0] is not None and axes[0] == axes[1]:
-            context.replace(node.outputs[0], context.current(before.inputs[0]))
+            context.replace(node.outputs[0], context.current(inner))
             context.clean([node.outputs[0]])
             changed = True
     return changed

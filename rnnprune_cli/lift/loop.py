@@ -88,7 +88,7 @@ def lift_loop(loop: Interface, context: Context, right_padding: bool) -> list[ir
             step, x, batch_like, backwards, lengths, loop, context, first=not made
         )
     outputs.replace(made, lengths)
-    context.clean(list(loop.node.outputs))
+    context.clean([*outputs.unread, *loop.node.outputs])
     return list(made.values())
 
 
@@ -216,6 +216,7 @@ class _Outputs:
         self._loop = loop
         self._context = context
         self._mask = mask
+        self.unread: list[ir.Value] = []
         bare = context.layout.bare
         self._states = {id(s.h): (s, 1) for s in steps}
         self._states |= {id(s.c): (s, 2) for s in steps if s.c is not None}
@@ -389,4 +390,4 @@ class _Outputs:
                 if index is not None and index.ndim == 0 and index == -1:
                     context.replace(taken, self._final(state, value))
             if not is_read(taken):
-                context.clean([taken])
+                self.unread.append(taken)  # the loop must stay while others are replaced

@@ -56,7 +56,7 @@ def _node(node: ir.Node, versions: dict[str, int]) -> None:
         if value.type is None or not isinstance(value.type, ir.TensorType):
             return
         types[value.name or ""] = _type(value)
-        tensor = stored_tensor(value)
+        tensor = stored_tensor(_made(value))
         if tensor is not None and tensor.size <= _MAX_ELEMENTS:
             data[value.name or ""] = onnx.numpy_helper.from_array(tensor.numpy(), value.name)
     schema = onnx.defs.get_schema(node.op_type, versions[domain], domain)
@@ -84,6 +84,15 @@ def _node(node: ir.Node, versions: dict[str, int]) -> None:
                     for d in tensor_type.shape.dim
                 ]
             )
+
+
+def _made(value: ir.Value) -> ir.Value:
+    """Follows a value through Identity nodes."""
+    node = value.producer()
+    while node is not None and node.op_type == "Identity" and node.inputs[0] is not None:
+        value = node.inputs[0]
+        node = value.producer()
+    return value
 
 
 def _type(value: ir.Value) -> onnx.TypeProto:
