@@ -183,4 +183,10 @@ def sequence_of(value: ir.Value, loop: Interface, context: Context) -> Sequence:
                     combined(loop.steps, {ONE: 1}, -1), {STEP: 1}, -1
                 ):
                     return Sequence(source, axis, True)
+    if node is not None and node.op_type == "SequenceAt" and node.graph is loop.body:
+        listed, index = node.inputs
+        split = None if listed is None else context.layout.split_of(listed)
+        at = None if index is None else context.layout.integers(index, loop.known)
+        if split is not None and at == [{STEP: 1}]:
+            return Sequence(*split, False)
     raise Declined(f"its operator reads '{value.name}', which is not one step of a sequence")

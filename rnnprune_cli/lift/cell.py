@@ -277,8 +277,10 @@ def _name(cell: Cell, context: Context) -> str:
     """A name from the path that exporters give the loop, the values or the weights of a layer."""
     graph = cell.h_next.graph
     owner = None if graph is None else context.walker.owner(graph)
-    if owner is not None and owner.op_type in ("Loop", "Scan") and owner.name:
-        return layer_name(owner.name, cell.op)
+    if owner is not None and owner.op_type in ("Loop", "Scan"):
+        name = layer_name(owner.name or "", cell.op)
+        if name != layer_name("", cell.op):
+            return name
     path = (cell.h_next.name or "").split(":")[0].rsplit("/", 1)
     if len(path) == 2 and path[0].strip("/"):
         return layer_name(path[0], cell.op)

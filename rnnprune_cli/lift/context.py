@@ -431,11 +431,14 @@ def tidy(graph: ir.Graph, context: Context) -> bool:
 
 
 def layer_name(path: str, op: str) -> str:
-    """Returns a name for a lifted operator from the path that its loop or values have."""
+    """Returns a name for a lifted operator from the path that its loop or values have.
+
+    A path that says no more than that it is a loop gives none.
+    """
     short = re.sub(r"[/_]while(_loop)?(/.*)?$", "", path)
     short = re.sub(r"^(StatefulPartitionedCall/)+|/(Stateful)?PartitionedCall$", "", short)
     short = short.strip("/")
-    return short or f"lifted_{op.lower()}"
+    return short if re.sub(r"^(Loop|Scan)(_\d+)?$", "", short) else f"lifted_{op.lower()}"
 
 
 _DETERMINED = frozenset(

@@ -133,8 +133,32 @@ def _loop(node: ir.Node, context: Context) -> Interface:
                     for k, v in ((STEP, after[0].get(ONE, 0)), (ONE, start[0].get(ONE, 0)))
                     if v
                 }
+    for state in list(states):
+        if (lists := _appended(state, context)) is not None:
+            states.remove(state)
+            scans += lists
     found = Interface(node, body, states, scans, known=known)
     return replace(found, steps=_steps(found, context))
+
+
+def _appended(state: State, context: Context) -> list[Stack] | None:
+    """What a body appends to a list that is stacked after the loop, as scripts of torch do."""
+    node = context.layout.origin(state.after).producer()
+    start = context.layout.origin(state.initial).producer()
+    if node is None or node.op_type != "SequenceInsert" or len(node.inputs) != 2:
+        return None
+    before, value = node.inputs
+    begun_empty = start is not None and start.op_type == "SequenceEmpty"
+    if value is None or before is not state.before or not begun_empty or state.final is None:
+        return None
+    stacks = []
+    for user in state.final.consumers():
+        axis = user.attributes.get_int("axis", 0) or 0
+        stacked = user.attributes.get_int("new_axis", 0) == 1
+        if user.op_type != "ConcatFromSequence" or not stacked or axis not in (0, 1):
+            return None
+        stacks.append(Stack(value, user.outputs[0], axis=axis))
+    return None if state.final.is_graph_output() else stacks
 
 
 def _steps(loop: Interface, context: Context) -> Linear:

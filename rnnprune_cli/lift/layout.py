@@ -296,6 +296,10 @@ class Layout:
     def _integers_of(
         self, node: ir.Node, known: Mapping[int, Linear] | None
     ) -> list[Linear] | None:
+        if node.op_type == "SequenceLength" and node.inputs[0] is not None:
+            split = self.split_of(node.inputs[0])
+            length = None if split is None else self.dimension(*split)
+            return None if length is None else [length]
         if node.op_type == "Shape" and node.inputs[0] is not None:
             ndim = rank(node.inputs[0])
             if ndim is None:
@@ -352,6 +356,19 @@ class Layout:
         return [combined(first[0], second[0], 1 if node.op_type == "Add" else -1)]
 
     # Sequences
+
+    def split_of(self, value: ir.Value) -> tuple[ir.Value, int] | None:
+        """Returns the tensor and the axis that a list holds the steps of, without the axis."""
+        node = self.origin(value).producer()
+        if node is None or node.op_type != "SplitToSequence" or node.inputs[0] is None:
+            return None
+        sizes = self.constant(node.inputs[1]) if len(node.inputs) > 1 else None
+        single = len(node.inputs) < 2 or (sizes is not None and sizes.ndim == 0 and sizes == 1)
+        if not single or node.attributes.get_int("keepdims", 1) == 1:
+            return None
+        source = self.origin(node.inputs[0])
+        axis = node.attributes.get_int("axis", 0) or 0
+        return None if rank(source) is None else (source, axis % (rank(source) or 1))
 
     def reversed_from(self, value: ir.Value, time_axis: int) -> ir.Value | None:
         """Returns what a value is the full reversal of, along an axis; None if it is none."""

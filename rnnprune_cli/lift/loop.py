@@ -88,7 +88,8 @@ def lift_loop(loop: Interface, context: Context, right_padding: bool) -> list[ir
             step, x, batch_like, backwards, lengths, loop, context, first=not made
         )
     outputs.replace(made, lengths)
-    context.clean([*outputs.unread, *loop.node.outputs])
+    stacked = [stack.out for stack in loop.scans]
+    context.clean([*outputs.unread, *stacked, *loop.node.outputs])
     return list(made.values())
 
 
@@ -146,7 +147,7 @@ def _operator(
 ) -> ir.Node:
     node, before = step.node, loop.node
     name, own = layer_name(before.name or "", node.op_type), node.name or ""
-    if not before.name or own.startswith(name):
+    if name == layer_name("", node.op_type) or own.startswith(name):
         name = own
     elif name != before.name or not first:  # the loop's own name will be free
         name = context.unique(name)

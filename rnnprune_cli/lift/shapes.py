@@ -40,13 +40,16 @@ def _graph(graph: ir.Graph, versions: dict[str, int]) -> None:
             _graph(body, versions)
         if bodies:
             _leave(node, bodies)
-        elif any(value.shape is None or value.type is None for value in node.outputs):
+        elif any(_is_vague(value) or value.type is None for value in node.outputs):
             _node(node, versions)
 
 
 def _node(node: ir.Node, versions: dict[str, int]) -> None:
     domain = "" if node.domain == "ai.onnx" else node.domain
     if domain not in versions or not onnx.defs.has(node.op_type, versions[domain], domain):
+        return
+    if node.op_type == "SequenceAt":
+        _element(node)
         return
     types: dict[str, onnx.TypeProto] = {}
     data: dict[str, onnx.TensorProto] = {}
@@ -70,6 +73,9 @@ def _node(node: ir.Node, versions: dict[str, int]) -> None:
         )
     except Exception:  # unrelated types where a node contradicts its inputs
         return
+    target = node.inputs[0] if node.op_type == "ConstantOfShape" else None
+    if target is not None and (sizes := _sizes(target)) is not None:
+        node.outputs[0].shape = ir.Shape(sizes)
     for value in node.outputs:
         inferred = found.get(value.name or "")
         if inferred is None or not inferred.HasField("tensor_type"):
@@ -77,13 +83,48 @@ def _node(node: ir.Node, versions: dict[str, int]) -> None:
         tensor_type = inferred.tensor_type
         if value.type is None and tensor_type.elem_type:
             value.type = ir.TensorType(ir.DataType(tensor_type.elem_type))
-        if value.shape is None and tensor_type.HasField("shape"):
+        if _is_vague(value) and tensor_type.HasField("shape"):
             value.shape = ir.Shape(
                 [
                     d.dim_value if d.HasField("dim_value") else d.dim_param or None
                     for d in tensor_type.shape.dim
                 ]
             )
+
+
+def _is_vague(value: ir.Value) -> bool:
+    """Tells whether a shape names no size: exporters get even the number of axes wrong then."""
+    shape = value.shape
+    return shape is None or (len(shape) > 0 and not any(isinstance(d, int) for d in shape))
+
+
+def _sizes(value: ir.Value) -> list[int | None] | None:
+    """Returns what is known of the elements of a shape that is put together at run time."""
+    value = _made(value)
+    tensor, node = stored_tensor(value), value.producer()
+    if tensor is not None:
+        return (
+            [int(k) for k in tensor.numpy().reshape(-1)] if tensor.size <= _MAX_ELEMENTS else None
+        )
+    if node is not None and node.op_type == "Cast" and node.inputs[0] is not None:
+        return _sizes(node.inputs[0])
+    if node is not None and node.op_type == "Concat":
+        parts = [None if v is None else _sizes(v) for v in node.inputs]
+        return None if None in parts else [k for part in parts for k in part or []]
+    return [None] if value.shape == [1] else None
+
+
+def _element(node: ir.Node) -> None:
+    """An element of what SplitToSequence made of a tensor has all axes but one of it."""
+    listed = node.inputs[0]
+    split = None if listed is None else _made(listed).producer()
+    source = split.inputs[0] if split is not None and split.op_type == "SplitToSequence" else None
+    if split is None or source is None or source.shape is None:
+        return
+    axis = (split.attributes.get_int("axis", 0) or 0) % len(source.shape)
+    node.outputs[0].type = source.type
+    if not split.attributes.get_int("keepdims", 1):
+        node.outputs[0].shape = ir.Shape([d for k, d in enumerate(source.shape) if k != axis])
 
 
 def _made(value: ir.Value) -> ir.Value:
@@ -133,11 +174,12 @@ def _hand_on(before: ir.Value, outer: ir.Value | None) -> None:
     if outer is None:
         return
     before.type = before.type or outer.type
-    if before.shape is None and outer.shape is not None:
-        last = len(outer.shape) - 1
-        before.shape = ir.Shape(
-            [d if k == last or d == 1 else None for k, d in enumerate(outer.shape)]
-        )
+    if outer.shape is None or not len(outer.shape):
+        return
+    if before.shape is None:
+        before.shape = ir.Shape([d if d == 1 else None for d in outer.shape[:-1]] + [None])
+    if len(before.shape) == len(outer.shape) and not isinstance(before.shape[-1], int):
+        before.shape = ir.Shape([*before.shape[:-1], outer.shape[-1]])
 
 
 def _leave(node: ir.Node, bodies: list[ir.Graph]) -> None:
@@ -164,6 +206,6 @@ def _leave(node: ir.Node, bodies: list[ir.Graph]) -> None:
         zip(node.outputs, list(bodies[0].outputs)[skip:], strict=False)
     ):
         value.type = value.type or result.type
-        if value.shape is None and result.shape is not None:
+        if _is_vague(value) and result.shape is not None:
             stacked = [] if k < states else [None]
             value.shape = ir.Shape([*stacked, *result.shape])

@@ -286,7 +286,13 @@ def _state(
     best = max(reversed(scores), key=lambda k: scores[k])  # of equals the later: x first, then h
     if form.op == "RNN" and id(form) not in earlier.certain:
         affine = form.functions[0].name == "Affine"
-        if scores[best] < context.SURE or (affine and not context.in_loop(h_next)):
+        by_matrix = {
+            id(context.layout.bare(t.factors[0].value))
+            for t in readings(form)
+            if isinstance(t.factors[0], Product)
+        }
+        sums_up = affine and (best not in by_matrix or not context.in_loop(h_next))
+        if scores[best] < context.SURE or sums_up:
             raise _NoCell("nothing shows which of its inputs is a state")
         if any(context.reads(v, wide[best]) for k, v in bases.items() if k != best):
             raise _NoCell("its input is made from its state")
