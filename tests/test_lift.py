@@ -382,3 +382,50 @@ def test_a_cell_without_a_batch_axis_becomes_an_operator() -> None:
     feed = {n: rng.standard_normal(k).astype(np.float32) for n, k in (("x", 5), ("h", 6), ("c", 6))}
     before, after = (outputs(session(proto), feed) for proto in (model, made.proto))
     assert_near(after, before)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_only_a_reversal_of_time_makes_an_operator_run_backwards(axis: int) -> None:
+    model = onnx.parser.parse_model("""
+        <ir_version: 9, opset_import: ["": 18]>
+        layer (float[T, N, 5] x, float[N, 6] h) => (float[T, N, 6] y) {
+            turned = Slice(x, last, first, axis, back)
+            shape = Shape(turned)
+            steps = Gather <axis = 0> (shape, zero)
+            final, y = Loop (steps, true, h) <body = body
+                (int64 i, bool go, float[N, 6] before)
+                    => (bool on, float[N, 6] after, float[N, 6] s) {
+                on = Identity(go)
+                step = Gather <axis = 0> (turned, i)
+                a = MatMul(step, W)
+                b = MatMul(before, R)
+                sum = Add(a, b)
+                after = Tanh(sum)
+                s = Identity(after)
+            }>
+        }
+    """)
+    rng = np.random.default_rng(0)
+    constants = {
+        "last": np.array([-1]),
+        "first": np.array([-(2**63)]),
+        "axis": np.array([axis]),
+        "back": np.array([-1]),
+        "zero": np.array(0),
+        "true": np.array(True),
+        "W": rng.standard_normal((5, 6)).astype(np.float32),
+        "R": rng.standard_normal((6, 6)).astype(np.float32),
+    }
+    model.graph.initializer.extend(
+        onnx.numpy_helper.from_array(array, name) for name, array in constants.items()
+    )
+    made = attempt(model, GRAPHS / "none.onnx", 0)
+    (node,) = (n for n in made.proto.graph.node if n.op_type == "RNN")
+    directions = [a.s for a in node.attribute if a.name == "direction"]
+    assert directions == ([b"reverse"] if axis == 0 else [])
+    feed = {
+        "x": rng.standard_normal((7, 3, 5)).astype(np.float32),
+        "h": rng.standard_normal((3, 6)).astype(np.float32),
+    }
+    before, after = (outputs(session(proto), feed) for proto in (model, made.proto))
+    assert_near(after, before)
