@@ -129,7 +129,8 @@ class OnnxModel(LoadedModel):
         refusal = checker_refuses(self._file)
         self._accepted = refusal is None
         if refusal is not None:
-            yield f"onnx.checker does not accept the original: {refusal}"
+            what = "lifted model" if self.lifts else "original"
+            yield f"onnx.checker does not accept the {what}: {refusal}"
         for what, name in self._obstacles.items():
             yield (
                 f"onnxruntime's CPU kernels do not support {what} ('{name}'): verified and timed on"
