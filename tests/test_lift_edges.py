@@ -15,6 +15,7 @@ import pytest
 from conftest import GRAPHS, recurrent_model
 from mutate import Array, Feed, outputs, random_feed, session
 
+from rnnprune_cli.errors import RnnpruneError
 from rnnprune_cli.lift import Attempt, attempt
 from rnnprune_cli.lift.apply import lift
 from rnnprune_cli.model import Claim, Runner
@@ -229,3 +230,18 @@ def test_model_without_anything_to_lift_is_returned(tmp_path: Path) -> None:
     assert model.path == path
     assert not model.lifts
     assert not claims
+
+
+def test_a_model_that_accepts_real_inputs_only_is_compared_on_those(tmp_path: Path) -> None:
+    def refused(runner: Runner) -> list[Feed]:
+        raise RnnpruneError("no made-up input is accepted")
+
+    with np.load(GRAPHS / "keras3_gru.npz") as data:
+        feed = {"x": data["input:x"]}
+    model = OnnxModel(GRAPHS / "keras3_gru.onnx")
+    lifted, claims = lift(model, tmp_path, refused, lambda runner: [feed])
+    assert [item.pattern for item in lifted.lifts] == ["cell", "loop"]
+    assert [claim.passed for claim in claims] == [True]
+    kept, none = lift(model, tmp_path, refused, lambda runner: [])
+    assert (kept, none) == (model, [])
+    assert any("no made-up input" in item.reason for item in model.skipped)

@@ -107,8 +107,13 @@ class _Comparison:
         self._attempts = 0
         self._original = model.open(threads)
         self._names = [o.name for o in self._original.outputs]
-        feeds = ((CLAIM, made_up, True), (f"{CLAIM}, on the data", given, False))
-        self._feeds = [(claim, make(self._original), guess) for claim, make, guess in feeds]
+        real, guessed = given(self._original), list[Feed]()
+        try:
+            guessed.extend(made_up(self._original))
+        except RnnpruneError:
+            if not real:
+                raise  # a model that accepts only real inputs is compared on those
+        self._feeds = [(CLAIM, guessed, True), (f"{CLAIM}, on the data", real, False)]
 
     def of(self, made: Attempt) -> tuple[OnnxModel, list[Claim]] | str:
         """Returns the model that a rewrite makes and the claims for it, or what is wrong."""

@@ -177,9 +177,7 @@ class Context:
 
     def constant(self, name: str, array: Array) -> ir.Value:
         """Adds a constant to the main graph, where everything can read it; equal ones once."""
-        key = (array.dtype.str, array.shape, array.tobytes() if array.size < 4096 else b"")
-        if not key[2]:
-            key = (*key[:2], _digest(array))
+        key = (array.dtype.str, array.shape, hashlib.sha256(array.tobytes()).digest())
         if key not in self._constants:
             self._constants[key] = self._build.constant(name, array)
         return self._constants[key]
@@ -336,10 +334,6 @@ class Context:
                                 inner.replace_input_with(k, None)
                 node.graph.remove(node, safe=True)
                 pending.extend(sources)
-
-
-def _digest(array: Array) -> bytes:
-    return hashlib.sha256(np.ascontiguousarray(array).view(np.uint8).data).digest()
 
 
 def depends(value: ir.Value, on: list[ir.Node]) -> bool:
