@@ -20,9 +20,10 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
+from rnnprune_cli import shapes
 from rnnprune_cli.find import is_recurrent
 from rnnprune_cli.graph import subgraphs
-from rnnprune_cli.lift import cell, chain, check, directions, loop, projection, shapes
+from rnnprune_cli.lift import cell, chain, check, directions, loop, projection
 from rnnprune_cli.lift.context import Context, depends, op_of, tidy
 from rnnprune_cli.lift.iteration import Declined, interface
 from rnnprune_cli.lift.weights import Cell

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from rnnprune_cli.lift.layout import MAX_INT32, Layout, is_float, is_last_axis, last_dimension, rank
+from rnnprune_cli.layout import MAX_INT32, Layout, is_float, is_last_axis, last_dimension, rank
 from rnnprune_cli.model import Array
 
 Key = tuple[Any, ...]

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from rnnprune_cli.find import is_recurrent
+from rnnprune_cli.layout import ONE, combined, rank
 from rnnprune_cli.lift.algebra import Leaf
 from rnnprune_cli.lift.context import Context, is_flag
 from rnnprune_cli.lift.iteration import STEP, Declined, Interface, Sequence, State
-from rnnprune_cli.lift.layout import ONE, combined, rank
 
 
 @dataclass(frozen=True, eq=False)

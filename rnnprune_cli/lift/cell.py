@@ -18,10 +18,10 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
+from rnnprune_cli.layout import ONE, is_named, rank
 from rnnprune_cli.lift.check import between
 from rnnprune_cli.lift.context import Context, depends, known_rank, layer_name
 from rnnprune_cli.lift.equations import NO_GATE, kernel, recognise
-from rnnprune_cli.lift.layout import ONE, is_named, rank
 from rnnprune_cli.lift.weights import Cell, Earlier, attributes, split_state
 
 MIN_OPSET_EXPAND = 8

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 
+from rnnprune_cli.layout import MAX_INT32, ONE, Linear, combined
 from rnnprune_cli.lift.context import Context
-from rnnprune_cli.lift.layout import MAX_INT32, ONE, Linear, combined
 
 STEP = "iteration"
 """The symbol for the number of the iteration, from 0."""

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from rnnprune_cli.layout import MAX_INT32, ONE, rank
 from rnnprune_cli.lift.body import Choice, Step, choice_of, steps_of
 from rnnprune_cli.lift.context import Context, is_read, layer_name
 from rnnprune_cli.lift.iteration import Declined, Interface, Sequence, Stack, State
-from rnnprune_cli.lift.layout import MAX_INT32, ONE, rank
 from rnnprune_cli.lift.mask import MASKED, MASKED_HINT, Mask, find_mask
 from rnnprune_cli.lift.pointwise import Hoister
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from rnnprune_cli.layout import ONE, is_float, rank
 from rnnprune_cli.lift.body import sequence_of
 from rnnprune_cli.lift.context import Context
 from rnnprune_cli.lift.iteration import STEP, Declined, Interface, Sequence
-from rnnprune_cli.lift.layout import ONE, is_float, rank
 
 MASKED = (
     "steps of padded sequences are masked, which an operator does only where all padding is on the"

@@ -10,10 +10,10 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from rnnprune_cli.find import is_recurrent
+from rnnprune_cli.layout import Linear, is_last_axis, rank
 from rnnprune_cli.lift.body import choice_of, sequence_of
 from rnnprune_cli.lift.context import Context, static
 from rnnprune_cli.lift.iteration import Declined, Interface, Sequence, Stack
-from rnnprune_cli.lift.layout import Linear, is_last_axis, rank
 
 _ELEMENTWISE = frozenset(
     {"Add", "Sub", "Mul", "Div", "Pow", "Min", "Max", "Neg", "Abs", "Sqrt", "Exp", "Log", "Erf"}

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from rnnprune_cli.layout import rank
 from rnnprune_cli.lift.algebra import Product
 from rnnprune_cli.lift.context import Context, op_of
-from rnnprune_cli.lift.layout import rank
 from rnnprune_cli.model import GATES, Array
 
 
