@@ -223,6 +223,11 @@ class Walker:
         return None
 
 
+def input_of(node: ir.Node, index: int) -> ir.Value | None:
+    """Returns an input of a node, None where it has none."""
+    return node.inputs[index] if index < len(node.inputs) else None
+
+
 def subgraphs(node: ir.Node) -> list[ir.Graph]:
     """Returns the graphs that are attributes of a node (branches and bodies)."""
     found: list[ir.Graph] = []

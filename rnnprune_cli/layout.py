@@ -22,6 +22,14 @@ def rank(value: ir.Value) -> int | None:
     return None if value.shape is None else len(value.shape)
 
 
+def static(value: ir.Value, axis: int) -> int | None:
+    """Returns the size of an axis where the file states or implies it."""
+    if value.shape is None or not -len(value.shape) <= axis < len(value.shape):
+        return None
+    size = value.shape[axis]
+    return size if isinstance(size, int) else None
+
+
 def last_dimension(value: ir.Value) -> int | None:
     """Returns the size of the last axis, where it is known."""
     if value.shape is None or not len(value.shape):

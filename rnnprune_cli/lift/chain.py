@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from rnnprune_cli.find import is_recurrent
-from rnnprune_cli.layout import rank
-from rnnprune_cli.lift.context import Context, depends, input_of, is_read, settings, static
+from rnnprune_cli.graph import input_of
+from rnnprune_cli.layout import rank, static
+from rnnprune_cli.lift.context import Context, depends, is_read, settings
 
 _WEIGHTS = (1, 2, 3, 7)
 MIN_OPSET_REVERSED = 10

@@ -9,8 +9,8 @@ import onnx
 import onnx_ir as ir
 
 from rnnprune_cli.errors import RnnpruneError
-from rnnprune_cli.layout import rank
-from rnnprune_cli.lift.context import Context, static
+from rnnprune_cli.layout import rank, static
+from rnnprune_cli.lift.context import Context
 from rnnprune_cli.lift.weights import Cell, attributes
 from rnnprune_cli.model import Array, TensorSpec
 from rnnprune_cli.runtime import OnnxRunner

@@ -7,8 +7,8 @@ from typing import get_args
 
 import onnx_ir as ir
 
-from rnnprune_cli.graph import Folder, Walker
-from rnnprune_cli.layout import Layout, rank
+from rnnprune_cli.graph import Folder, Walker, input_of
+from rnnprune_cli.layout import Layout, rank, static
 from rnnprune_cli.lift.algebra import Algebra
 from rnnprune_cli.model import Op
 from rnnprune_cli.rewrite.edit import Editor
@@ -184,11 +184,6 @@ def depends(value: ir.Value, on: list[ir.Node]) -> bool:
     return False
 
 
-def input_of(node: ir.Node, index: int) -> ir.Value | None:
-    """Returns an input of a node, None where it has none."""
-    return node.inputs[index] if index < len(node.inputs) else None
-
-
 def settings(node: ir.Node, *besides: str) -> dict[str, str]:
     """Returns the attributes of a node in a form that can be compared."""
     return {name: str(a.value) for name, a in node.attributes.items() if name not in besides}
@@ -210,14 +205,6 @@ def is_flag(value: ir.Value) -> bool:
     node = value.producer()
     source = node.inputs[0] if node is not None and node.op_type == "Cast" else None
     return source is not None and source.dtype == ir.DataType.BOOL
-
-
-def static(value: ir.Value, axis: int) -> int | None:
-    """Returns the size of an axis where the file states or implies it."""
-    if value.shape is None or not -len(value.shape) <= axis < len(value.shape):
-        return None
-    size = value.shape[axis]
-    return size if isinstance(size, int) else None
 
 
 def known_rank(value: ir.Value) -> int:

@@ -11,8 +11,9 @@ from collections.abc import Container, Iterator
 import numpy as np
 import onnx_ir as ir
 
+from rnnprune_cli.graph import input_of
 from rnnprune_cli.layout import rank
-from rnnprune_cli.lift.context import Context, depends, input_of, op_of, settings
+from rnnprune_cli.lift.context import Context, depends, op_of, settings
 from rnnprune_cli.model import GATES, Array
 
 _PER_DIRECTION = ("activations", "activation_alpha", "activation_beta")

@@ -10,9 +10,9 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from rnnprune_cli.find import is_recurrent
-from rnnprune_cli.layout import Linear, is_last_axis, rank
+from rnnprune_cli.layout import Linear, is_last_axis, rank, static
 from rnnprune_cli.lift.body import choice_of, sequence_of
-from rnnprune_cli.lift.context import Context, static
+from rnnprune_cli.lift.context import Context
 from rnnprune_cli.lift.iteration import Declined, Interface, Sequence, Stack
 
 _ELEMENTWISE = frozenset(

@@ -1,0 +1,817 @@
+"""How operators hand labels on: layout, element by element, reductions, normalisation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from rnnprune_cli.coupling.classes import IntArray
+from rnnprune_cli.graph import input_of
+from rnnprune_cli.layout import ONE, Linear, number
+
+if TYPE_CHECKING:
+    from rnnprune_cli.coupling import Coupling
+
+Rule = Callable[["Coupling", ir.Node], None]
+
+
+def only_first(c: Coupling, node: ir.Node) -> tuple[ir.Value, IntArray, int] | None:
+    """Returns the first input and its labels; blocks if another input has labels."""
+    value = node.inputs[0] if node.inputs else None
+    labels = c.of(value)
+    if value is None or labels is None or any(c.of(v) is not None for v in node.inputs[1:]):
+        c.block(node, "units reach it where it takes no data")
+        return None
+    return value, labels.array, labels.axis
+
+
+def same(c: Coupling, node: ir.Node) -> None:
+    """The output has the input's shape, and each element depends on one."""
+    if (found := only_first(c, node)) is not None:
+        for output in node.outputs:
+            c.give(output, found[1], found[2], node)
+
+
+def nothing(c: Coupling, node: ir.Node) -> None:
+    """The output is a size, which the rewrite keeps as it was."""
+
+
+def elementwise(c: Coupling, node: ir.Node) -> None:
+    """Operands are broadcast against each other."""
+    ranks = [c.rank(v) for v in node.inputs if v is not None]
+    known = [(k, found) for k, v in enumerate(node.inputs) if (found := c.of(v)) is not None]
+    if None in ranks:
+        c.block(node, "the number of axes of an operand is not known")
+        return
+    ndim = max(r for r in ranks if r is not None)
+    aligned = [
+        (
+            found.array.reshape((1,) * (ndim - found.array.ndim) + found.array.shape),
+            found.axis + ndim - found.array.ndim,
+        )
+        for _, found in known
+    ]
+    axis = aligned[0][1]
+    sizes = {array.shape[own] for array, own in aligned}
+    if any(own != axis for _, own in aligned) or len(sizes) > 1:
+        c.block(node, "units meet here along different axes")
+        return
+    joint: IntArray = aligned[0][0]
+    for array, _ in aligned[1:]:
+        c.classes.join(joint, array)
+        joint = np.broadcast_to(joint, np.broadcast_shapes(joint.shape, array.shape))
+    for index, value in enumerate(node.inputs):
+        if value is None or c.of(value) is not None:
+            continue
+        joint = meets(c, node, index, value, joint, axis)
+    for output in node.outputs:
+        c.give(output, joint, axis, node)
+
+
+def meets(
+    c: Coupling, node: ir.Node, index: int, value: ir.Value, array: IntArray, axis: int
+) -> IntArray:
+    """Cuts an operand without labels that is broadcast against labels, if it is that long.
+
+    Returns:
+        The labels, tied along axes that the operand has only one place for.
+    """
+    own = c.rank(value)
+    place = axis - array.ndim + (own or 0)
+    if own is None or place < 0:
+        return array
+    size = c.size(value, place)
+    if size == 1:
+        return array
+    if size != array.shape[axis]:
+        c.block(node, "the size of an operand along the units is not known", labels=array)
+        return array
+    if c.constant(value) is None:
+        # Every place along another axis would need a selection of its own.
+        for other in range(array.ndim):
+            if other != axis and array.shape[other] > 1:
+                inner = other - array.ndim + own
+                if inner < 0 or c.size(value, inner) != array.shape[other]:
+                    array = c.tied(array, other)
+    shape = array.shape
+    if any(shape[k] != 1 for k in range(array.ndim - own)):
+        # The constant gets the axes that tell the units apart.
+        c.cut(node, index, array, axis, "element")
+    else:
+        c.cut(node, index, array.reshape(shape[array.ndim - own :]), place, "element")
+    return array
+
+
+def transpose(c: Coupling, node: ir.Node) -> None:
+    """Moves axes."""
+    if (found := only_first(c, node)) is not None:
+        _, array, axis = found
+        order = list(node.attributes.get_ints("perm", ()) or range(array.ndim)[::-1])
+        c.give(node.outputs[0], array.transpose(order), order.index(axis), node)
+
+
+def squeeze(c: Coupling, node: ir.Node) -> None:
+    """Drops axes of size 1."""
+    found = only_first(c, node)
+    if found is None:
+        return
+    value, array, axis = found
+    axes = c.layout.axes(node, array.ndim)
+    if axes is None:
+        sizes = [c.size(value, k) for k in range(array.ndim)]
+        if None in sizes or len(node.inputs) > 1:
+            c.block(node, "its axes are not known")
+            return
+        axes = [k for k, size in enumerate(sizes) if size == 1]
+    if any(array.shape[k] != 1 for k in axes):
+        c.block(node, "it drops an axis of units")
+        return
+    c.give(
+        node.outputs[0], np.squeeze(array, tuple(axes)), axis - sum(k < axis for k in axes), node
+    )
+
+
+def unsqueeze(c: Coupling, node: ir.Node) -> None:
+    """Adds axes of size 1."""
+    found = only_first(c, node)
+    if found is None:
+        return
+    _, array, axis = found
+    count = len(node.attributes.get_ints("axes", ())) or (
+        0 if (given := c.layout.constant_ints(input_of(node, 1))) is None else len(given)
+    )
+    axes = c.layout.axes(node, array.ndim + count)
+    if axes is None or not count:
+        c.block(node, "its axes are not known")
+        return
+    new = np.expand_dims(array, tuple(axes))
+    left = [k for k in range(new.ndim) if k not in axes]
+    c.give(node.outputs[0], new, left[axis], node)
+
+
+def reshape(c: Coupling, node: ir.Node) -> None:
+    """Splits and joins axes; those of units must be taken apart and put together whole."""
+    found = only_first(c, node)
+    if found is None:
+        return
+    value, array, axis = found
+    before = [c.layout.dimension(value, k) or {("unknown", k): 1} for k in range(array.ndim)]
+    before = [number(n) if n > 1 else size for n, size in zip(array.shape, before, strict=True)]
+    after = target_sizes(c, node, value, before)
+    if after is None:
+        c.block(node, "its target shape is not known")
+        return
+    moved = _reshaped(array, axis, before, after)
+    if moved is None:
+        c.block(node, "it mixes units with another axis")
+        return
+    c.give(node.outputs[0], moved[0], moved[1], node)
+
+
+def target_sizes(
+    c: Coupling, node: ir.Node, value: ir.Value, before: list[Linear]
+) -> list[Linear] | None:
+    """Returns the sizes that a Reshape or Flatten makes; an unknown one is a symbol of its own."""
+    output = node.outputs[0]
+    if node.op_type == "Flatten":
+        at = node.attributes.get_int("axis", 1) or 0
+        at += len(before) if at < 0 else 0
+        return [_product(before[:at], 0), _product(before[at:], 1)]
+    target = input_of(node, 1)
+    sizes = None if target is None else c.layout.integers(target)
+    if sizes is None:
+        ndim = c.rank(output)
+        if ndim is None:
+            return None
+        sizes = [c.layout.dimension(output, k) or {("output", k): 1} for k in range(ndim)]
+    after: list[Linear] = []
+    for k, size in enumerate(sizes):
+        if not size and not node.attributes.get_int("allowzero", 0):
+            if k >= len(before):
+                return None
+            after.append(before[k])
+        elif dict(size) == {ONE: -1}:
+            after.append({("rest", id(node)): 1})
+        else:
+            after.append(size)
+    return _with_rest(before, after, ("rest", id(node)))
+
+
+def _with_rest(before: list[Linear], after: list[Linear], rest: tuple[str, int]) -> list[Linear]:
+    """Works out the size that -1 stands for where that is a number or one axis."""
+    places = [k for k, size in enumerate(after) if rest in size]
+    if not places:
+        return after
+    left = list(before)
+    constant = 1
+    for k, size in enumerate(after):
+        if k in places:
+            continue
+        if size in left:
+            left.remove(size)
+        elif set(size) <= {ONE}:
+            constant *= size.get(ONE, 0)
+        else:
+            return after
+    numbers = [size.get(ONE, 0) for size in left if set(size) <= {ONE}]
+    symbols = [size for size in left if not set(size) <= {ONE}]
+    product = int(np.prod(numbers, dtype=np.int64))
+    if constant <= 0 or product % constant:
+        return after
+    if not symbols:
+        after[places[0]] = number(product // constant)
+    elif len(symbols) == 1 and product == constant:
+        after[places[0]] = symbols[0]
+    return after
+
+
+def _product(sizes: list[Linear], number_of: int) -> Linear:
+    symbols = [size for size in sizes if not set(size) <= {ONE}]
+    product = int(np.prod([size.get(ONE, 0) for size in sizes if size not in symbols]))
+    if not symbols:
+        return number(product)
+    if len(symbols) == 1 and product == 1:
+        return symbols[0]
+    return {("product", number_of, str(sizes)): 1}
+
+
+def _reshaped(
+    array: IntArray, axis: int, before: list[Linear], after: list[Linear]
+) -> tuple[IntArray, int] | None:
+    """Follows labels through a Reshape; None where units and others are mixed."""
+    full: list[int] = []
+    shape: list[int] = []
+    unit: tuple[int, ...] = ()
+    for old, new in _parts(before, after):
+        inner = [array.shape[k] for k in old]
+        if max(inner, default=1) == 1:
+            full += inner
+            shape += [1] * len(new)
+            continue
+        if len(old) > 1 or len(new) > 1:
+            sizes = [
+                [side[k].get(ONE, 0) for k in axes] for side, axes in ((before, old), (after, new))
+            ]
+            if any(set(before[k]) - {ONE} for k in old) or any(set(after[k]) - {ONE} for k in new):
+                return None
+            inner, made = sizes
+        else:
+            made = inner
+        if axis in old:
+            unit = tuple(range(len(shape), len(shape) + len(new)))
+        full += inner
+        shape += made
+    result = np.broadcast_to(array, full).reshape(shape)
+    # The axis that becomes shorter is the last along which the labels differ.
+    for k in reversed(unit):
+        if result.shape[k] > 1 and (np.diff(result, axis=k) != 0).any():
+            return result, k
+    return None
+
+
+def _parts(before: list[Linear], after: list[Linear]) -> list[tuple[range, range]]:
+    """Takes the axes before and after a Reshape apart into runs that hold the same elements.
+
+    1. Equal sizes at the left end are the same axes.
+    2. From the right, axes are taken until the products of their sizes are equal numbers.
+    3. What cannot be taken apart is one run.
+    """
+    head = 0
+    while head < min(len(before), len(after)) and before[head] == after[head]:
+        head += 1
+    runs: list[tuple[range, range]] = []
+    ends = (len(before), len(after))
+    while max(ends) > head:
+        starts = _run(before, after, ends, head)
+        if starts is None:
+            runs.append((range(head, ends[0]), range(head, ends[1])))
+            break
+        runs.append((range(starts[0], ends[0]), range(starts[1], ends[1])))
+        ends = starts
+    return [(range(k, k + 1), range(k, k + 1)) for k in range(head)] + runs[::-1]
+
+
+def _run(
+    before: list[Linear], after: list[Linear], ends: tuple[int, int], head: int
+) -> tuple[int, int] | None:
+    """Returns where the last run begins, before and after; None if it cannot be told."""
+    sides = (before, after)
+    if min(ends) > head and before[ends[0] - 1] == after[ends[1] - 1]:
+        return ends[0] - 1, ends[1] - 1
+    starts, products = list(ends), [1, 1]
+    while (
+        starts == list(ends)
+        or products[0] != products[1]
+        or min(e - s for e, s in zip(ends, starts, strict=True)) == 0
+    ):
+        # The side with the smaller product takes one axis more, if it has one.
+        side = 0 if (products[0] <= products[1] and starts[0] > head) or starts[1] <= head else 1
+        position = starts[side] - 1
+        size = sides[side][position] if position >= head else {}
+        if set(size) != {ONE} or size[ONE] < 1:
+            return None
+        products[side] *= size[ONE]
+        starts[side] = position
+    return starts[0], starts[1]
+
+
+def slice_(c: Coupling, node: ir.Node) -> None:
+    """Takes a part of some axes."""
+    found = only_first(c, node)
+    if found is None:
+        return
+    _, array, axis = found
+    bounds = c.layout.slice_bounds(node)
+    if bounds is None:
+        axes = None if len(node.inputs) < 4 else c.layout.constant_ints(node.inputs[3])
+        if axes is None or any(array.shape[k] > 1 for k in axes):
+            c.block(node, "its bounds are not known")
+            return
+        bounds = {}
+    for k, (start, end, step) in bounds.items():
+        if array.shape[k] > 1:
+            places = np.arange(array.shape[k])[start:end:step]
+            array = np.take(array, places, k)
+    if 0 in array.shape:
+        return  # it takes nothing
+    c.give(node.outputs[0], array, axis, node)
+
+
+def gather(c: Coupling, node: ir.Node) -> None:
+    """Picks places along an axis."""
+    found = only_first(c, node)
+    if found is None:
+        return
+    _, array, axis = found
+    at = (node.attributes.get_int("axis", 0) or 0) % array.ndim
+    indices = node.inputs[1]
+    count = None if indices is None else c.rank(indices)
+    if count is None:
+        c.block(node, "the number of axes of its indices is not known")
+        return
+    if array.shape[at] > 1:
+        picked = c.layout.constant_ints(indices) if count < 2 else None
+        if picked is None and at != axis:
+            array = c.tied(array, at)
+        elif picked is None:
+            c.block(node, "it picks units by indices that are not known")
+            return
+        elif at == axis and count == 0:
+            c.block(node, "it picks one unit")
+            return
+        else:
+            array = np.take(array, picked, at)
+    if array.shape[at] == 1:
+        shape = (*array.shape[:at], *[1] * count, *array.shape[at + 1 :])
+        array = array.reshape(shape)
+    c.give(node.outputs[0], array, axis + (count - 1 if at < axis else 0), node)
+
+
+def gather_elements(c: Coupling, node: ir.Node) -> None:
+    """Picks places along one axis, others for each place along the others."""
+    found = only_first(c, node)
+    if found is None:
+        return
+    _, array, axis = found
+    at = (node.attributes.get_int("axis", 0) or 0) % array.ndim
+    if at == axis:
+        c.block(node, "it picks units by indices")
+        return
+    if array.shape[at] > 1:
+        array = c.tied(array, at)
+    indices = node.inputs[1]
+    if indices is not None and c.size(indices, axis) != array.shape[axis]:
+        c.block(node, "it picks some units only")
+        return
+    array = c.along(array, axis, array.ndim, axis)
+    c.operand(node, 1, array, axis)
+    c.give(node.outputs[0], array, axis, node)
+
+
+def gather_nd(c: Coupling, node: ir.Node) -> None:
+    """Picks whole slices of the last axes."""
+    found = only_first(c, node)
+    if found is None:
+        return
+    _, array, axis = found
+    batch = node.attributes.get_int("batch_dims", 0) or 0
+    indices = node.inputs[1]
+    count = None if indices is None else c.rank(indices)
+    width = None if indices is None or count is None else c.size(indices, count - 1)
+    if count is None or width is None or axis < batch + width:
+        c.block(node, "it picks units by indices")
+        return
+    ndim = array.ndim + count - 1 - width - batch
+    to = ndim - (array.ndim - axis)
+    c.give(node.outputs[0], c.along(array, axis, ndim, to), to, node)
+
+
+def split(c: Coupling, node: ir.Node) -> None:
+    """Takes an axis apart."""
+    found = only_first(c, node)
+    if found is None:
+        return
+    _, array, axis = found
+    at = (node.attributes.get_int("axis", 0) or 0) % array.ndim
+    if array.shape[at] == 1:
+        for output in node.outputs:
+            c.give(output, array, axis, node)
+        return
+    sizes = split_sizes(c, node, array.shape[at])
+    if sizes is None:
+        c.block(node, "the sizes of its parts are not known")
+        return
+    for output, part in zip(node.outputs, np.split(array, np.cumsum(sizes)[:-1], at), strict=True):
+        if part.size:
+            c.give(output, part, axis, node)
+
+
+def split_sizes(c: Coupling, node: ir.Node, total: int) -> list[int] | None:
+    """Returns the sizes of the parts of a Split."""
+    given = list(node.attributes.get_ints("split", ())) or None
+    if given is None and input_of(node, 1) is not None:
+        given = c.layout.constant_ints(node.inputs[1])
+        if given is None:
+            return None
+    if given is None:
+        size = -(-total // len(node.outputs))
+        ends = np.minimum(np.arange(len(node.outputs) + 1) * size, total)
+        given = [int(k) for k in np.diff(ends)]
+    return given if sum(given) == total and len(given) == len(node.outputs) else None
+
+
+def concat(c: Coupling, node: ir.Node) -> None:
+    """Puts values side by side."""
+    known = [found for v in node.inputs if (found := c.of(v)) is not None]
+    ndim, axis = known[0].array.ndim, known[0].axis
+    at = (node.attributes.get_int("axis", 0) or 0) % ndim
+    if any(found.axis != axis or found.array.ndim != ndim for found in known):
+        c.block(node, "units meet here along different axes")
+        return
+    arrays: list[IntArray] = []
+    for index, value in enumerate(node.inputs):
+        assert value is not None
+        labels = c.of(value)
+        if labels is not None:
+            arrays.append(labels.array)
+            continue
+        if at != axis:
+            # Beside units, along another axis: it has a place for every unit, too.
+            like = c.along(known[0].array, axis, ndim, axis)
+            c.cut(node, index, like, axis, "element")
+            arrays.append(like)
+            continue
+        size = c.size(value, at)
+        if size is None:
+            c.block(node, "the size of what it puts beside the units is not known")
+            return
+        shape = [1] * ndim
+        shape[at] = size
+        own = c.unlabelled(node, index, size).reshape(shape)
+        c.cut(node, index, own, axis, "element")
+        arrays.append(own)
+    if at != axis:
+        arrays = _stacked(c, node, arrays, at)
+    shape = list(np.broadcast_shapes(*([*a.shape[:at], 1, *a.shape[at + 1 :]] for a in arrays)))
+    full = [np.broadcast_to(a, [*shape[:at], a.shape[at], *shape[at + 1 :]]) for a in arrays]
+    joint = full[0] if at != axis and full[0].shape[at] == 1 else np.concatenate(full, at)
+    c.give(node.outputs[0], joint, axis, node)
+
+
+def _stacked(c: Coupling, node: ir.Node, arrays: list[IntArray], at: int) -> list[IntArray]:
+    """Makes labels as long as their values along an axis, or ties them where that is not known."""
+    sizes = [c.size(v, at) if v is not None else None for v in node.inputs]
+    if None not in sizes:
+        shapes = [
+            [*a.shape[:at], size, *a.shape[at + 1 :]] for a, size in zip(arrays, sizes, strict=True)
+        ]
+        return [np.broadcast_to(a, s) for a, s in zip(arrays, shapes, strict=True)]
+    tied = [c.tied(a, at) if a.shape[at] > 1 else a for a in arrays]
+    for other in tied[1:]:
+        c.classes.join(tied[0], other)
+    return [tied[0]]
+
+
+def expand(c: Coupling, node: ir.Node) -> None:
+    """Repeats along axes of size 1, and adds axes in front."""
+    found = only_first(c, node)
+    if found is None:
+        return
+    _, array, axis = found
+    ndim = c.rank(node.outputs[0])
+    if ndim is None and (sizes := c.layout.integers(node.inputs[1])) is not None:  # type: ignore[arg-type]
+        ndim = max(len(sizes), array.ndim)
+    if ndim is None:
+        c.block(node, "its target shape is not known")
+        return
+    more = ndim - array.ndim
+    c.give(node.outputs[0], array.reshape((1,) * more + array.shape), axis + more, node)
+
+
+def tile(c: Coupling, node: ir.Node) -> None:
+    """Repeats along axes."""
+    found = only_first(c, node)
+    if found is None:
+        return
+    _, array, axis = found
+    repeats = c.layout.integers(node.inputs[1]) if node.inputs[1] is not None else None
+    times = [r.get(ONE, 0) if set(r) <= {ONE} else 0 for r in repeats or []]
+    if len(times) != array.ndim or any(
+        n > 1 and k < 1 for n, k in zip(array.shape, times, strict=True)
+    ):
+        c.block(node, "it repeats units a number of times that is not known")
+        return
+    repeated = np.tile(array, [k if n > 1 else 1 for n, k in zip(array.shape, times, strict=True)])
+    c.give(node.outputs[0], repeated, axis, node)
+
+
+def pad(c: Coupling, node: ir.Node) -> None:
+    """Adds places at the ends of axes."""
+    found = only_first(c, node)
+    if found is None:
+        return
+    _, array, axis = found
+    pads: list[int] | None = list(
+        node.attributes.get_ints("pads", ()) or node.attributes.get_ints("paddings", ())
+    )
+    if not pads:
+        pads = c.layout.constant_ints(input_of(node, 1))
+    axes = list(range(array.ndim))
+    if input_of(node, 3) is not None:
+        given = c.layout.constant_ints(node.inputs[3])
+        axes = axes if given is None else [k % array.ndim for k in given]
+    if pads is None or len(pads) != 2 * len(axes):
+        c.block(node, "what it adds is not known")
+        return
+    ends = dict(zip(axes, zip(pads[: len(axes)], pads[len(axes) :], strict=True), strict=True))
+    if ends.get(axis, (0, 0)) != (0, 0):
+        c.block(node, "it adds places to the units")
+        return
+    for k, amount in ends.items():
+        if amount != (0, 0) and array.shape[k] > 1:
+            array = c.tied(array, k)
+    c.give(node.outputs[0], array, axis, node)
+
+
+def reduce(c: Coupling, node: ir.Node) -> None:
+    """Reduces axes to one place each."""
+    found = only_first(c, node)
+    if found is None:
+        return
+    _, array, axis = found
+    if node.op_type in ("ArgMax", "ArgMin"):
+        axes: list[int] | None = [(node.attributes.get_int("axis", 0) or 0) % array.ndim]
+    else:
+        axes = c.layout.axes(node, array.ndim)
+    if axes is None:
+        if input_of(node, 1) is not None:
+            c.block(node, "its axes are not known")
+            return
+        keeps = node.attributes.get_int("noop_with_empty_axes", 0)
+        axes = [] if keeps else list(range(array.ndim))
+    if axis in axes:
+        words = {"ReduceMean": "it takes the mean", "ReduceMax": "it takes the largest"}
+        if node.op_type.startswith("Arg"):
+            c.block(node, "it numbers the units")
+        else:
+            c.normalises(node, words.get(node.op_type, "it adds up"))
+        return
+    for k in axes:
+        if array.shape[k] > 1:
+            array = c.tied(array, k)
+    if not node.attributes.get_int("keepdims", 1):
+        array = np.squeeze(array, tuple(axes))
+        axis -= sum(k < axis for k in axes)
+    for output in node.outputs:
+        c.give(output, array, axis, node)
+
+
+def along_axis(c: Coupling, node: ir.Node) -> None:
+    """Works along one axis, place by place along the others (Softmax from opset 13, CumSum)."""
+    found = only_first(c, node)
+    if found is None:
+        return
+    _, array, axis = found
+    if node.op_type == "CumSum":
+        given = c.layout.constant_ints(node.inputs[1])
+        at = None if given is None or len(given) != 1 else given[0]
+    else:
+        at = node.attributes.get_int("axis", -1 if c.opset >= 13 else 1)
+    if at is None:
+        c.block(node, "its axis is not known")
+        return
+    at %= array.ndim
+    every = (
+        [at]
+        if c.opset >= 13 or node.op_type in ("CumSum", "LpNormalization")
+        else [*range(at, array.ndim)]
+    )
+    if axis in every and node.op_type in ("Softmax", "LogSoftmax", "LpNormalization"):
+        if not c.normalises(node, "it normalises"):
+            return
+    elif axis in every:
+        c.block(node, "it works along the units")
+        return
+    for k in every:
+        if k != axis and array.shape[k] > 1:
+            array = c.tied(array, k)
+    c.give(node.outputs[0], array, axis, node)
+
+
+def layer_normalization(c: Coupling, node: ir.Node) -> None:
+    """Normalises over the last axes, then scales each place."""
+    found = only_first(c, node)
+    if found is None:
+        return
+    _, array, axis = found
+    at = (node.attributes.get_int("axis", -1) or 0) % array.ndim
+    if axis >= at and not c.normalises(node, "it normalises"):
+        return
+    for k in range(at, array.ndim):
+        if k != axis and array.shape[k] > 1:
+            array = c.tied(array, k)
+    for index in range(1, len(node.inputs)):
+        if node.inputs[index] is not None and axis >= at:
+            array = meets(c, node, index, node.inputs[index], array, axis)  # type: ignore[arg-type]
+    c.give(node.outputs[0], array, axis, node)
+    for output in node.outputs[1:]:
+        if output.uses() or output.is_graph_output():
+            c.block(node, "its mean is read")
+
+
+def by_channel(c: Coupling, node: ir.Node) -> None:
+    """Treats every channel, the second axis, with constants of its own."""
+    found = only_first(c, node)
+    if found is None:
+        return
+    _, array, axis = found
+    if node.op_type == "BatchNormalization" and len([o for o in node.outputs if o.uses()]) > 1:
+        c.block(node, "it is in training mode")
+        return
+    if axis == 1:
+        vector = c.tie(array, axis)
+        array = c.along(array, axis, array.ndim, axis)
+        for index in range(1, len(node.inputs)):
+            c.operand(node, index, vector, 0)
+    elif node.op_type != "BatchNormalization":
+        c.normalises(node, "it normalises")
+        return
+    elif array.shape[1] > 1:
+        array = c.tied(array, 1)
+    c.give(node.outputs[0], array, axis, node)
+
+
+def pool(c: Coupling, node: ir.Node) -> None:
+    """Reduces or slides over the axes from the third on."""
+    found = only_first(c, node)
+    if found is None:
+        return
+    _, array, axis = found
+    if axis > 1:
+        c.block(node, "it slides over the units")
+        return
+    for k in range(2, array.ndim):
+        if array.shape[k] > 1:
+            array = c.tied(array, k)
+    for output in node.outputs:
+        c.give(output, array, axis, node)
+
+
+def reverse_sequence(c: Coupling, node: ir.Node) -> None:
+    """Reverses each sequence of a batch."""
+    found = only_first(c, node)
+    if found is None:
+        return
+    _, array, axis = found
+    axes = [node.attributes.get_int("batch_axis", 1), node.attributes.get_int("time_axis", 0)]
+    if axis in axes:
+        c.block(node, "it works along the units")
+        return
+    for k in axes:
+        if k is not None and array.shape[k] > 1:
+            array = c.tied(array, k)
+    c.give(node.outputs[0], array, axis, node)
+
+
+_SAME = [
+    "Abs",
+    "Acos",
+    "Acosh",
+    "Asin",
+    "Asinh",
+    "Atan",
+    "Atanh",
+    "BitwiseNot",
+    "Cast",
+    "Ceil",
+    "Celu",
+    "Cos",
+    "Cosh",
+    "Elu",
+    "Erf",
+    "Exp",
+    "Floor",
+    "Gelu",
+    "HardSigmoid",
+    "HardSwish",
+    "Identity",
+    "IsInf",
+    "IsNaN",
+    "LeakyRelu",
+    "Log",
+    "Mish",
+    "Neg",
+    "Not",
+    "Reciprocal",
+    "Relu",
+    "Round",
+    "Selu",
+    "Shrink",
+    "Sigmoid",
+    "Sign",
+    "Sin",
+    "Sinh",
+    "Softplus",
+    "Softsign",
+    "Sqrt",
+    "Swish",
+    "Tan",
+    "Tanh",
+    "ThresholdedRelu",
+    "Clip",
+    "Dropout",
+    "CastLike",
+]
+_ELEMENTWISE = [
+    "Add",
+    "Sub",
+    "Mul",
+    "Div",
+    "Pow",
+    "Mod",
+    "Max",
+    "Min",
+    "Mean",
+    "Sum",
+    "Where",
+    "PRelu",
+    "And",
+    "Or",
+    "Xor",
+    "Equal",
+    "Greater",
+    "Less",
+    "GreaterOrEqual",
+    "LessOrEqual",
+    "BitwiseAnd",
+    "BitwiseOr",
+    "BitwiseXor",
+]
+_REDUCTIONS = [
+    "ReduceL1",
+    "ReduceL2",
+    "ReduceLogSum",
+    "ReduceLogSumExp",
+    "ReduceMax",
+    "ReduceMean",
+    "ReduceMin",
+    "ReduceProd",
+    "ReduceSum",
+    "ReduceSumSquare",
+    "ArgMax",
+    "ArgMin",
+]
+_POOLS = ["AveragePool", "MaxPool", "LpPool", "GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool"]
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(_SAME, same),
+    **dict.fromkeys(_ELEMENTWISE, elementwise),
+    **dict.fromkeys(_REDUCTIONS, reduce),
+    **dict.fromkeys(_POOLS, pool),
+    "Shape": nothing,
+    "Transpose": transpose,
+    "Squeeze": squeeze,
+    "Unsqueeze": unsqueeze,
+    "Reshape": reshape,
+    "Flatten": reshape,
+    "Slice": slice_,
+    "Gather": gather,
+    "GatherElements": gather_elements,
+    "GatherND": gather_nd,
+    "Split": split,
+    "Concat": concat,
+    "Expand": expand,
+    "Tile": tile,
+    "Pad": pad,
+    "Softmax": along_axis,
+    "LogSoftmax": along_axis,
+    "LpNormalization": along_axis,
+    "CumSum": along_axis,
+    "LayerNormalization": layer_normalization,
+    "BatchNormalization": by_channel,
+    "InstanceNormalization": by_channel,
+    "ReverseSequence": reverse_sequence,
+}
