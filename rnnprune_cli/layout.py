@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+import operator
+from collections.abc import Callable, Hashable, Mapping
 
 import onnx_ir as ir
 
@@ -363,6 +364,35 @@ class Layout:
             return [combined({}, one, other.get(ONE, 0))] if set(other) <= {ONE} else None
         return [combined(first[0], second[0], 1 if node.op_type == "Add" else -1)]
 
+    def truth(self, value: ir.Value | None) -> bool | None:
+        """Returns what a condition on constants and fixed sizes always is; None if it varies."""
+        if value is None:
+            return None
+        value = self.origin(value)
+        array, node = self.constant(value), value.producer()
+        if array is not None:
+            return bool(array.reshape(-1)[0]) if array.size == 1 else None
+        if node is None or not node.inputs or node.inputs[0] is None:
+            return None
+        source = node.inputs[0]
+        if node.op_type == "Not":
+            return None if (found := self.truth(source)) is None else not found
+        if node.op_type in ("Squeeze", "Unsqueeze", "Reshape", "Cast") and (
+            source.dtype == ir.DataType.BOOL
+        ):
+            return self.truth(source)
+        if node.op_type in ("And", "Or"):
+            both = [self.truth(v) for v in node.inputs]
+            return None if None in both else (all if node.op_type == "And" else any)(both)
+        given = [self.constant_ints(v) for v in node.inputs]
+        if any(numbers is None or len(numbers) != 1 for numbers in given):
+            return None
+        numbers = [n[0] for n in given if n is not None]
+        if node.op_type == "Cast":
+            return numbers[0] != 0
+        compare = _COMPARISONS.get(node.op_type)
+        return None if compare is None else compare(*numbers)
+
     # Sequences
 
     def split_of(self, value: ir.Value) -> tuple[ir.Value, int] | None:
@@ -442,6 +472,13 @@ class Layout:
             value = node.inputs[0]
 
 
+_COMPARISONS: dict[str, Callable[[int, int], bool]] = {
+    "Equal": operator.eq,
+    "Less": operator.lt,
+    "Greater": operator.gt,
+    "LessOrEqual": operator.le,
+    "GreaterOrEqual": operator.ge,
+}
 _SAME_SHAPE = frozenset(
     {"Cast", "Not", "ReverseSequence", "Relu", "Sigmoid", "Tanh", "Dropout", "Abs", "Neg", "Sqrt"}
     | {"LayerNormalization", "Clip", "Softmax", "Exp", "Erf", "Elu", "LeakyRelu", "Softplus"}

@@ -312,6 +312,11 @@ class Coupling:
         found = None if value is None else self._labels.get(id(value))
         return None if found is None else found[1]
 
+    def every(self) -> Iterator[Labels]:
+        """Yields the labels of all values and of all that is cut."""
+        yield from (labels for _, labels in self._labels.values())
+        yield from (cut.labels for cut in self.cuts)
+
     def units(self, node: ir.Node) -> IntArray | None:
         """Returns the labels ``[directions, hidden_size]`` of a recurrent node's units."""
         return next((layer.labels for layer in self.layers if layer.node is node), None)
@@ -399,6 +404,10 @@ class Coupling:
         first: IntArray = np.take(array, [0], axis)
         self.classes.join(first, array)
         return first
+
+    def alike(self, array: IntArray, axis: int) -> IntArray:
+        """Ties an array, where its unit axis is taken apart at the same places for all."""
+        return self.along(array, axis, array.ndim, axis)
 
     def operand(self, node: ir.Node, index: int, array: IntArray, axis: int) -> None:
         """Makes an input follow labels: joined if it has some, else cut."""

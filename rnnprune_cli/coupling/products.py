@@ -70,7 +70,7 @@ def contract(c: Coupling, node: ir.Node, terms: list[str], result: str, plus: bo
         letter = term[labels.axis]
         others = [k for k, other in enumerate(terms) if k != index and letter in other]
         if letter not in result and not others:
-            c.normalises(node, "it adds up")
+            c.block(node, "it adds up units")
             return
         array = labels.array
         for k, own in enumerate(term):

@@ -334,6 +334,8 @@ def slice_(c: Coupling, node: ir.Node) -> None:
     for k, (start, end, step) in bounds.items():
         if array.shape[k] > 1:
             places = np.arange(array.shape[k])[start:end:step]
+            if k % array.ndim == axis and len(places) < array.shape[k]:
+                array = c.alike(array, axis)
             array = np.take(array, places, k)
     if 0 in array.shape:
         return  # it takes nothing
@@ -363,6 +365,8 @@ def gather(c: Coupling, node: ir.Node) -> None:
             c.block(node, "it picks one unit")
             return
         else:
+            if at == axis:
+                array = c.alike(array, axis)
             array = np.take(array, picked, at)
     if array.shape[at] == 1:
         shape = (*array.shape[:at], *[1] * count, *array.shape[at + 1 :])
@@ -424,6 +428,8 @@ def split(c: Coupling, node: ir.Node) -> None:
     if sizes is None:
         c.block(node, "the sizes of its parts are not known")
         return
+    if at == axis:
+        array = c.alike(array, axis)
     for output, part in zip(node.outputs, np.split(array, np.cumsum(sizes)[:-1], at), strict=True):
         if part.size:
             c.give(output, part, axis, node)
@@ -573,11 +579,10 @@ def reduce(c: Coupling, node: ir.Node) -> None:
         keeps = node.attributes.get_int("noop_with_empty_axes", 0)
         axes = [] if keeps else list(range(array.ndim))
     if axis in axes:
-        words = {"ReduceMean": "it takes the mean", "ReduceMax": "it takes the largest"}
-        if node.op_type.startswith("Arg"):
-            c.block(node, "it numbers the units")
+        if node.op_type in INEXACT:
+            c.normalises(node, INEXACT[node.op_type])
         else:
-            c.normalises(node, words.get(node.op_type, "it adds up"))
+            c.block(node, "it works along the units")
         return
     for k in axes:
         if array.shape[k] > 1:
@@ -609,8 +614,8 @@ def along_axis(c: Coupling, node: ir.Node) -> None:
         if c.opset >= 13 or node.op_type in ("CumSum", "LpNormalization")
         else [*range(at, array.ndim)]
     )
-    if axis in every and node.op_type in ("Softmax", "LogSoftmax", "LpNormalization"):
-        if not c.normalises(node, "it normalises"):
+    if axis in every and node.op_type in INEXACT:
+        if not c.normalises(node, INEXACT[node.op_type]):
             return
     elif axis in every:
         c.block(node, "it works along the units")
@@ -628,7 +633,7 @@ def layer_normalization(c: Coupling, node: ir.Node) -> None:
         return
     _, array, axis = found
     at = (node.attributes.get_int("axis", -1) or 0) % array.ndim
-    if axis >= at and not c.normalises(node, "it normalises"):
+    if axis >= at and not c.normalises(node, INEXACT[node.op_type]):
         return
     for k in range(at, array.ndim):
         if k != axis and array.shape[k] > 1:
@@ -657,7 +662,7 @@ def by_channel(c: Coupling, node: ir.Node) -> None:
         for index in range(1, len(node.inputs)):
             c.operand(node, index, vector, 0)
     elif node.op_type != "BatchNormalization":
-        c.normalises(node, "it normalises")
+        c.block(node, "it normalises over the units")
         return
     elif array.shape[1] > 1:
         array = c.tied(array, 1)
@@ -785,6 +790,21 @@ _REDUCTIONS = [
     "ArgMin",
 ]
 _POOLS = ["AveragePool", "MaxPool", "LpPool", "GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool"]
+
+INEXACT = {
+    "LayerNormalization": "it normalises",
+    "Softmax": "it normalises",
+    "LogSoftmax": "it normalises",
+    "LpNormalization": "it normalises",
+    "ReduceMean": "it takes the mean",
+    "ReduceMax": "it takes the largest",
+    "ReduceMin": "it takes the smallest",
+    "ReduceSum": "it takes the sum",
+    "ReduceSumSquare": "it takes the sum of squares",
+    "ReduceL1": "it takes a norm",
+    "ReduceL2": "it takes a norm",
+}
+"""Operators over units after which the units that stay are others → what they do."""
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_SAME, same),

@@ -1,0 +1,250 @@
+"""Which hidden units go: scores, scope and sparsity → a choice.
+
+Units that are coupled go together, and what differs in nothing but its place, such as the two
+directions of a layer, loses equally many.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rnnprune_cli.coupling import Coupling
+from rnnprune_cli.coupling.classes import IntArray
+from rnnprune_cli.model import Array, BoolArray
+
+UNIT_SCOPES = {
+    "layer": "the units of each layer, and of layers that must keep the same ones",
+    "global": "all units; a score counts as the share of what its layer hands on",
+}
+"""Name → within what the scores of units compete."""
+
+_LEVELS = 256
+"""Numbers of units that ``global`` tries for each layer, at most."""
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """Which units go.
+
+    Attributes:
+        removed: bool, one for each label of the coupling: True where its class goes.
+        blocked: Layer name → why none, or not all, of its units may go.
+    """
+
+    removed: BoolArray
+    blocked: Mapping[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """Layers whose units must be chosen together.
+
+    Attributes:
+        rows: Classes at the places of each unit axis that must lose its share.
+        equal: Numbers of rows that must lose equally many.
+        classes: What may go, lowest score first.
+        scores: Of each of them, ≥ 0.
+        total: All scores of the group, of what may not go too.
+    """
+
+    rows: list[IntArray]
+    equal: list[list[int]]
+    classes: IntArray
+    scores: Array
+    total: float
+
+    @property
+    def longest(self) -> int:
+        """The most units that a row has."""
+        return max(len(row) for row in self.rows)
+
+    def remove(self, share: float) -> tuple[set[int], float]:
+        """Returns the classes that go if every row loses a share, and the sum of their scores.
+
+        From the lowest score on, a class goes if all its rows can lose more. If rows that must
+        lose equally many do not, all of them lose as many as the one that lost least.
+        """
+        left = [min(int(np.rint(len(row) * share)), len(row) - 1) for row in self.rows]
+        places: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        for number, row in enumerate(self.rows):
+            present, counts = np.unique(row, return_counts=True)
+            for each, count in zip(present.tolist(), counts.tolist(), strict=True):
+                places[each].append((number, count))
+        while True:
+            budget, gone, cost = list(left), set[int](), 0.0
+            for each, score in zip(self.classes.tolist(), self.scores.tolist(), strict=True):
+                if all(budget[row] >= count for row, count in places[each]):
+                    for row, count in places[each]:
+                        budget[row] -= count
+                    gone.add(each)
+                    cost += score
+            lost = [allowed - rest for allowed, rest in zip(left, budget, strict=True)]
+            uneven = [rows for rows in self.equal if len({lost[row] for row in rows}) > 1]
+            if not uneven:
+                return gone, cost
+            for rows in uneven:
+                for row in rows:
+                    left[row] = min(left[row], min(lost[other] for other in rows))
+
+
+def choose(
+    coupling: Coupling, scores: Array, names: Iterable[str], sparsity: float, scope: str
+) -> Chosen:
+    """Chooses the units that go.
+
+    Args:
+        coupling: What goes together.
+        scores: float, one for each label, ≥ 0; those of coupled units add up.
+        names: The layers that may lose units.
+        sparsity: Share of their units to remove, 0 ≤ s < 1.
+        scope: A key of :data:`UNIT_SCOPES`.
+
+    Returns:
+        The choice; every layer keeps at least one unit in each direction.
+    """
+    root = coupling.classes.of(np.arange(len(coupling.classes)))
+    allowed, blocked = _allowed(coupling, root, set(names))
+    groups = _groups(coupling, root, allowed, scores)
+    gone: set[int] = set()
+    if scope == "global":
+        units = sum(layer.labels.size for layer in coupling.layers if layer.name in set(names))
+        for group, share in zip(groups, _global_shares(groups, sparsity * units), strict=True):
+            gone |= group.remove(share)[0]
+    else:
+        for group in groups:
+            gone |= group.remove(sparsity)[0]
+    removed = np.isin(root, np.fromiter(gone, np.int64, len(gone)))
+    for layer in coupling.layers:
+        wanted = layer.name in set(names) and round(sparsity * layer.labels.shape[1]) > 0
+        if wanted and scope == "layer" and not removed[layer.labels].any():
+            blocked.setdefault(layer.name, "its units must go with others of which not as many can")
+    return Chosen(removed, blocked)
+
+
+def _allowed(
+    coupling: Coupling, root: IntArray, names: set[str]
+) -> tuple[BoolArray, dict[str, str]]:
+    """Returns which classes may go, and why units of a layer may not."""
+    has_units = np.zeros(len(root), np.bool_)
+    may = np.ones(len(root), np.bool_)
+    why: dict[int, str] = {}
+    for block in coupling.blocks:
+        for each in np.unique(root[block.labels]):
+            may[each] = False
+            why.setdefault(
+                int(each), f"{block.reason}; {block.hint}" if block.hint else block.reason
+            )
+    for layer in coupling.layers:
+        own = np.unique(root[layer.labels])
+        has_units[own] = True
+        if layer.name not in names:
+            may[own] = False
+            for each in own:
+                why.setdefault(int(each), f"coupled with '{layer.name}', which is not selected")
+    blocked: dict[str, str] = {}
+    for layer in coupling.layers:
+        held = [int(each) for each in np.unique(root[layer.labels]) if not may[each]]
+        if layer.name in names and held:
+            count = int(np.isin(root[layer.labels], held).sum())
+            part = "" if count == layer.labels.size else f"{count} of {layer.labels.size} units: "
+            blocked[layer.name] = part + why[held[0]]
+    return has_units & may, blocked
+
+
+def _groups(coupling: Coupling, root: IntArray, allowed: BoolArray, scores: Array) -> list[_Group]:
+    rows = [row for layer in coupling.layers for row in root[layer.labels]]
+    equal: list[list[int]] = []
+    start = 0
+    for layer in coupling.layers:
+        equal.append(list(range(start, start + len(layer.labels))))
+        start += len(layer.labels)
+    known = {row.tobytes(): number for number, row in enumerate(rows)}
+    for labels in coupling.every():
+        array = root[np.moveaxis(labels.array, labels.axis, -1)]
+        several = np.unique(array.reshape(-1, array.shape[-1]), axis=0)
+        if len(several) > 1:
+            numbers = []
+            for row in several:
+                numbers.append(known.setdefault(row.tobytes(), len(rows)))
+                if numbers[-1] == len(rows):
+                    rows.append(row)
+            equal.append(numbers)
+    # Rows with a class in common, or that must lose equally many, are one group.
+    leader = list(range(len(rows)))
+
+    def find(number: int) -> int:
+        while leader[number] != number:
+            number = leader[number]
+        return number
+
+    first: dict[int, int] = {}
+    for number, row in enumerate(rows):
+        for each in row.tolist():
+            leader[find(number)] = find(first.setdefault(each, number))
+    for numbers in equal:
+        for number in numbers:
+            leader[find(number)] = find(numbers[0])
+    energy = np.zeros(len(root))
+    for layer in coupling.layers:
+        np.add.at(energy, root[layer.labels], scores[layer.labels])
+    groups = []
+    for each in dict.fromkeys(find(number) for number in range(len(rows))):
+        members = [number for number in range(len(rows)) if find(number) == each]
+        classes = np.unique(np.concatenate([rows[number] for number in members]))
+        free = classes[allowed[classes]]
+        free = free[np.argsort(energy[free], kind="stable")]
+        place = {number: k for k, number in enumerate(members)}
+        groups.append(
+            _Group(
+                [rows[number] for number in members],
+                [[place[n] for n in numbers] for numbers in equal if find(numbers[0]) == each],
+                free,
+                energy[free],
+                float(energy[classes].sum()),
+            )
+        )
+    return groups
+
+
+def _global_shares(groups: Sequence[_Group], wanted: float) -> list[float]:
+    """Returns the share that each group loses so that so many units go at the least cost.
+
+    The cost of a unit is its share of the scores of its group: what a layer hands on is worth the
+    same whatever its scale, as the next layer's weights were trained on that scale.
+    """
+    shares = [0.0] * len(groups)
+    queue: list[tuple[float, int, int, float]] = []
+    counts = [0] * len(groups)
+    costs = [0.0] * len(groups)
+
+    def push(number: int, level: int) -> None:
+        group = groups[number]
+        levels = min(group.longest, _LEVELS)
+        if level >= levels:
+            return
+        gone, cost = group.remove(level / levels)
+        count = sum(int(np.isin(row, list(gone)).sum()) for row in group.rows)
+        if count <= counts[number]:
+            push(number, level + 1)
+            return
+        more = (cost - costs[number]) / max(group.total, 1e-30) / (count - counts[number])
+        heapq.heappush(queue, (more, number, level, cost))
+
+    for number in range(len(groups)):
+        push(number, 1)
+    removed = 0
+    while queue and removed < wanted:
+        _, number, level, cost = heapq.heappop(queue)
+        group = groups[number]
+        levels = min(group.longest, _LEVELS)
+        gone, _ = group.remove(level / levels)
+        count = sum(int(np.isin(row, list(gone)).sum()) for row in group.rows)
+        removed += count - counts[number]
+        counts[number], costs[number], shares[number] = count, cost, level / levels
+        push(number, level + 1)
+    return shares
