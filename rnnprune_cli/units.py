@@ -71,25 +71,26 @@ class _Group:
         """
         left = [min(int(np.rint(len(row) * share)), len(row) - 1) for row in self.rows]
         places: dict[int, list[tuple[int, int]]] = defaultdict(list)
-        for number, row in enumerate(self.rows):
-            present, counts = np.unique(row, return_counts=True)
+        for number, own in enumerate(self.rows):
+            present, counts = np.unique(own, return_counts=True)
             for each, count in zip(present.tolist(), counts.tolist(), strict=True):
                 places[each].append((number, count))
         while True:
             budget, gone, cost = list(left), set[int](), 0.0
-            for each, score in zip(self.classes.tolist(), self.scores.tolist(), strict=True):
-                if all(budget[row] >= count for row, count in places[each]):
-                    for row, count in places[each]:
+            for group, score in zip(self.classes.tolist(), self.scores.tolist(), strict=True):
+                if all(budget[row] >= count for row, count in places[group]):
+                    for row, count in places[group]:
                         budget[row] -= count
-                    gone.add(each)
+                    gone.add(group)
                     cost += score
             lost = [allowed - rest for allowed, rest in zip(left, budget, strict=True)]
             uneven = [rows for rows in self.equal if len({lost[row] for row in rows}) > 1]
             if not uneven:
                 return gone, cost
             for rows in uneven:
+                least = min(lost[row] for row in rows)
                 for row in rows:
-                    left[row] = min(left[row], min(lost[other] for other in rows))
+                    left[row] = min(left[row], least)
 
 
 def choose(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from rnnprune_cli.coupling import Coupling, Cut, Labels
+from rnnprune_cli.coupling import Coupling, Cut, Labels, State
 from rnnprune_cli.coupling.classes import IntArray
 from rnnprune_cli.coupling.rules import split_sizes
 from rnnprune_cli.graph import input_of
@@ -417,30 +417,34 @@ def shrink(coupling: Coupling, removed: BoolArray, folds: Folds, resize_state: b
     for change in changes:
         change()
     for layer in coupling.layers:
-        layer.node.attributes["hidden_size"] = ir.AttrInt64(
-            "hidden_size", _kept(r, Labels(layer.labels, 1))
-        )
+        size = _kept(r, Labels(layer.labels, 1))
+        layer.node.attributes["hidden_size"] = ir.AttrInt64("hidden_size", size)
     for state in coupling.states:
-        for index, output in enumerate(coupling.model.graph.outputs):
-            labels = coupling.of(output)
-            if output is state.output and labels is not None:
-                if resize_state:
-                    _resize(output, labels, r)
-                    break
-                new = r.scatter(r.last(coupling.model.graph), output, labels)
-                if new is not output:
-                    r.rename(coupling.model.graph, index, new)
-        given = coupling.of(state.input)
-        if state.input is not None and given is not None:
-            if resize_state:
-                _resize(state.input, given, r)
-            else:
-                _through(r, state.input, given, r.select)
+        _cut_state(r, state, resize_state)
     for graph in coupling.model.graph.subgraphs():
         for value in (*graph.inputs, *graph.outputs):
-            if (own := coupling.of(value)) is not None:
-                _resize(value, own, r)
+            if (own_labels := coupling.of(value)) is not None:
+                _resize(value, own_labels, r)
     r.finish()
+
+
+def _cut_state(r: _Rewriter, state: State, resize_state: bool) -> None:
+    """Gathers a state on its way in and fills it up on its way out, or changes its shape."""
+    graph = r.c.model.graph
+    given, labels = r.c.of(state.input), r.c.of(state.output)
+    assert labels is not None
+    if resize_state:
+        _resize(state.output, labels, r)
+        if state.input is not None and given is not None:
+            _resize(state.input, given, r)
+        return
+    for index, output in enumerate(graph.outputs):
+        if output is state.output:
+            new = r.scatter(r.last(graph), output, labels)
+            if new is not output:
+                r.rename(graph, index, new)
+    if state.input is not None and given is not None:
+        _through(r, state.input, given, r.select)
 
 
 def _cut_input(r: _Rewriter, cuts: list[Cut], weight: Array | None) -> None:
