@@ -76,7 +76,10 @@ def _root(
 def prune(
     model: Model,
     sparsity: Annotated[
-        float, typer.Option("--sparsity", "-s", help="Share of the weights to remove, 0 ≤ s < 1.")
+        float,
+        typer.Option(
+            "--sparsity", "-s", help="Share of the weights, or units, to remove, 0 ≤ s < 1."
+        ),
     ],
     output: Annotated[
         Path | None,
@@ -92,10 +95,17 @@ def prune(
     method: Annotated[
         str, typer.Option(help="What makes a weight worth keeping; see 'rnnprune methods'.")
     ] = "magnitude",
-    granularity: Annotated[str, typer.Option(help="What is removed together.")] = "weight",
+    granularity: Annotated[
+        str, typer.Option(help="What is removed together: weight or unit.")
+    ] = "weight",
     scope: Annotated[
-        str, typer.Option(help="Within what the scores compete: row, layer or global.")
-    ] = "row",
+        str | None,
+        typer.Option(
+            help="Within what the scores compete: row, layer or global [default: row for weights,"
+            " layer for units].",
+            show_default=False,
+        ),
+    ] = None,
     layers: Annotated[
         list[str] | None,
         typer.Option("--layers", help="Only layers that match this glob; repeatable."),
@@ -111,11 +121,38 @@ def prune(
             readable=False,
         ),
     ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help=".npz of inputs for criteria and repair, without labels [default: --data].",
+            show_default=False,
+            readable=False,
+        ),
+    ] = None,
+    compensate: Annotated[
+        bool,
+        typer.Option(
+            "--compensate/--no-compensate",
+            help="Repair by least squares what units leave behind; needs data.",
+        ),
+    ] = True,
+    resize_state: Annotated[
+        bool,
+        typer.Option(
+            "--resize-state", help="Let states that callers hand in and get back become shorter."
+        ),
+    ] = False,
+    allow_inexact: Annotated[
+        bool,
+        typer.Option(
+            "--allow-inexact", help="Remove units that are normalised together, too; not exact."
+        ),
+    ] = False,
     metric: Annotated[
         str, typer.Option(help="auto, accuracy, mse, mae, perplexity or bits-per-char.")
     ] = "auto",
     export: Annotated[
-        str, typer.Option(help="How weights are stored: auto, dense, sparse or packed.")
+        str, typer.Option(help="How weights are stored: auto, dense, sparse, packed or shrunk.")
     ] = "auto",
     values: Annotated[
         str, typer.Option(help="Precision of packed values: float32, float16 or int8.")
@@ -136,6 +173,8 @@ def prune(
     """Compress one model and report it before and after.
 
     Example: rnnprune prune model.onnx --method magnitude --sparsity 0.7
+
+    Example: rnnprune prune model.onnx --granularity unit --sparsity 0.5 --data calibration.npz
     """
     arguments = {k: v for k, v in locals().items() if v is not None}
 
@@ -154,10 +193,19 @@ def prune(
             model=model,
             output=output,
             stage=Stage(
-                method, granularity, scope, sparsity, tuple(layers or ()), tuple(exclude or ())
+                method,
+                granularity,
+                scope or pipeline.DEFAULT_SCOPES.get(granularity, ""),
+                sparsity,
+                tuple(layers or ()),
+                tuple(exclude or ()),
+                compensate,
+                resize_state,
+                allow_inexact,
             ),
             seed=seed,
             data=data,
+            calibration=calibration,
             metric=metric,
             export=ExportOptions(export, values),
             signature=signature,
@@ -270,21 +318,20 @@ def inspect(
 
 @app.command()
 def methods(output_format: OutputFormat = Format.table) -> None:
-    """List every method, scope and export form, with its paper."""
+    """List every method, granularity, scope and export form, with its paper."""
 
     def work() -> tuple[dict[str, Any], RenderableType | None]:
         from rnnprune_cli import methods as registry
-        from rnnprune_cli.pipeline import EXPORTS
+        from rnnprune_cli.pipeline import EXPORTS, GRANULARITIES, SCOPES_OF
         from rnnprune_cli.report.json import methods_document
-        from rnnprune_cli.select import SCOPES
 
         known = registry.methods().values()
-        document = methods_document(known, SCOPES, EXPORTS)
+        document = methods_document(known, GRANULARITIES, SCOPES_OF, EXPORTS)
         if output_format is Format.json:
             return document, None
         from rnnprune_cli.report.table import methods_table
 
-        return document, methods_table(known, SCOPES.items(), EXPORTS.items())
+        return document, methods_table(known, GRANULARITIES, SCOPES_OF, EXPORTS)
 
     _finish(work, {}, output_format)
 

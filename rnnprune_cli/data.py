@@ -52,6 +52,15 @@ class Dataset:
             for name, array in self.inputs.items()
         }
 
+    def take(self, samples: Array, steps: int) -> dict[str, Array]:
+        """Returns one feed that holds some samples, cut to as many steps."""
+        return {
+            name: (a[samples, :steps] if a.ndim > 1 else a[samples])
+            if name in self.per_sample
+            else a
+            for name, a in self.inputs.items()
+        }
+
     def batches(self, size: int) -> Iterator[tuple[int, int]]:
         """Yields the bounds of consecutive batches."""
         step = 1 if self.single else size

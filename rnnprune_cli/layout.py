@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Hashable, Mapping
 
+import numpy as np
 import onnx_ir as ir
 
 from rnnprune_cli.graph import Folder, Walker
@@ -326,6 +327,7 @@ class Layout:
             "Concat",
             "Gather",
             "Slice",
+            "ReduceProd",
             *_SAME_INTEGERS,
         ):
             return None
@@ -339,6 +341,12 @@ class Layout:
             return None
         if node.op_type in _SAME_INTEGERS:
             return first
+        if node.op_type == "ReduceProd":  # of a vector, or of all axes
+            symbols = [size for size in first if set(size) - {ONE}]
+            factor = int(np.prod([size.get(ONE, 0) for size in first if size not in symbols]))
+            if len(symbols) > 1:
+                return None
+            return [combined({}, symbols[0], factor) if symbols else number(factor)]
         if node.op_type == "Concat":
             return [k for part in given for k in part] if None not in given else None  # type: ignore[union-attr]
         second = given[1] if len(given) > 1 else None

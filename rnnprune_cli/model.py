@@ -27,6 +27,25 @@ GATES: dict[Op, int] = {"LSTM": 4, "GRU": 3, "RNN": 1}
 """Gates per operator: rows of W and R are ``gates * hidden_size``."""
 
 
+def compress(array: Array, keep: BoolArray, axis: int) -> Array:
+    """Returns the places of an array that stay.
+
+    Args:
+        array: Any array.
+        keep: Broadcastable to it, or with axes in front that it has not yet; as many are True
+            along ``axis`` at every place.
+        axis: Of ``keep``, the one that becomes shorter.
+    """
+    if keep.all():
+        return array
+    wide = array.reshape((1,) * (keep.ndim - array.ndim) + array.shape)
+    wide = np.broadcast_to(wide, np.broadcast_shapes(wide.shape, keep.shape))
+    mask = np.moveaxis(np.broadcast_to(keep, wide.shape), axis, -1)
+    moved = np.moveaxis(wide, axis, -1)
+    left = moved[mask].reshape(*moved.shape[:-1], -1)
+    return np.moveaxis(left, -1, axis)
+
+
 @dataclass(frozen=True, eq=False)
 class Weight:
     """One prunable matrix in ONNX layout: W or R of a recurrent layer.
@@ -320,7 +339,7 @@ class LoadedModel(ABC):
 
 @dataclass(frozen=True)
 class Stage:
-    """One pruning step of a plan."""
+    """One pruning step of a plan; the last three are for units."""
 
     method: str
     granularity: str
@@ -328,6 +347,9 @@ class Stage:
     sparsity: float
     layers: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    compensate: bool = True
+    resize_state: bool = False
+    allow_inexact: bool = False
 
 
 @dataclass(frozen=True)
@@ -439,6 +461,63 @@ class LayerRow:
 
 
 @dataclass(frozen=True)
+class KeptUnits:
+    """The units of a layer that stay, for each direction, in their old numbers and order."""
+
+    layer: str
+    kept: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class ResizedState:
+    """A state that changed its public shape.
+
+    Attributes:
+        input: Model input; None if the state is only handed out.
+        output: Model output.
+        axis: The axis that became shorter.
+        kept: Old places along it, for each place along the other axes where these differ.
+    """
+
+    input: str | None
+    output: str
+    axis: int
+    kept: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class UnitFigures:
+    """What is known about hidden units; those that go together have the same figures.
+
+    Attributes:
+        outgoing: float64 ``[labels]``: squared norm of all weights that multiply the unit.
+        group: float64 ``[labels]``: squared norm of all weights that go with it.
+        variance: float64 ``[labels]``: of its hidden state on data; None without data.
+    """
+
+    outgoing: Array
+    group: Array
+    variance: Array | None
+
+
+@dataclass(frozen=True)
+class Repair:
+    """How well what one reader read of removed units is made up for by the others.
+
+    Attributes:
+        reader: The node, and which of its weights.
+        samples: Steps or rows of data that it was worked out on; 0 if it is not repaired.
+        unexplained: Share of the removed units' variance that the kept ones cannot predict.
+        problem: Why it is not repaired, or not in all parts.
+    """
+
+    reader: str
+    samples: int
+    unexplained: float | None
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     """Identity of the input model."""
 
@@ -476,4 +555,7 @@ class Report:
     warnings: tuple[str, ...]
     environment: Mapping[str, Any]
     lifts: tuple[Lift, ...] = ()
+    units: tuple[KeptUnits, ...] = ()
+    states: tuple[ResizedState, ...] = ()
+    repairs: tuple[Repair, ...] = ()
     checks: tuple[Any, ...] = field(default=())

@@ -19,6 +19,7 @@ from rnnprune_cli.graph import Folder, Walker, stored_tensor
 from rnnprune_cli.model import (
     UNCHANGED,
     Array,
+    BoolArray,
     Claim,
     ExportOptions,
     Lift,
@@ -44,7 +45,7 @@ from rnnprune_cli.rewrite import packed, sparse
 from rnnprune_cli.rewrite.build import MIN_IR_INITIALIZERS, Builder, value_names
 from rnnprune_cli.rewrite.place import Placer, lazy_tensor
 from rnnprune_cli.rewrite.runnable import make_runnable, obstacles
-from rnnprune_cli.runtime import BIG_MODEL_BYTES, OnnxRunner, first_line
+from rnnprune_cli.runtime import BIG_MODEL_BYTES, OnnxRunner, ResizedRunner, first_line
 
 Values = Mapping[str, Callable[[], Array]]
 
@@ -63,6 +64,8 @@ class OnnxModel(LoadedModel):
         path: The file.
         shown_path: What the user named, where that is not ``path`` (a converted SavedModel).
         lifts: What lifting made of the model that the user named.
+        resized: Input → which places of it stay, broadcastable to it, and the axis that becomes
+            shorter: cuts states of the original's shape for a model that takes shorter ones.
 
     Raises:
         RnnpruneError: If the file cannot be read or contradicts itself.
@@ -71,9 +74,14 @@ class OnnxModel(LoadedModel):
     format = "onnx"
 
     def __init__(
-        self, path: Path, shown_path: Path | None = None, lifts: tuple[Lift, ...] = ()
+        self,
+        path: Path,
+        shown_path: Path | None = None,
+        lifts: tuple[Lift, ...] = (),
+        resized: Mapping[str, tuple[BoolArray, int]] | None = None,
     ) -> None:
         self.lifts = lifts
+        self._resized = dict(resized or {})
         self._file = path
         self.path = shown_path or path
         proto = read_proto(path)
@@ -173,10 +181,13 @@ class OnnxModel(LoadedModel):
         return self._open(saved.path, threads)
 
     def _open(self, path: Path, threads: int) -> Runner:
+        runner: Runner
         if self._obstacles:
             model = deserialize(read_proto(path), path)
-            return self._open_ir(model, self._inlined(model), threads)
-        return OnnxRunner(path, threads, self._inputs, self._outputs, self._hints, self.big)
+            runner = self._open_ir(model, self._inlined(model), threads)
+        else:
+            runner = OnnxRunner(path, threads, self._inputs, self._outputs, self._hints, self.big)
+        return ResizedRunner(runner, self._resized) if self._resized else runner
 
     def _executed(self, walker: Walker) -> Iterator[tuple[Located, RecurrentLayer]]:
         """Yields every executed prunable node of a copy of the model with its layer."""
@@ -262,7 +273,7 @@ class OnnxModel(LoadedModel):
         placer.clean()
         model.metadata_props[PROVENANCE] = note
         path = directory / name
-        files = self._write(model, path, sparse_names)
+        files = self._write(model, path, sparse_names, self._declared)
         return Saved(path, files, "onnx", forms, stored, tuple(dict.fromkeys(warnings)))
 
     def _sites(self, walker: Walker) -> Iterator[tuple[Site, Weight]]:
@@ -317,7 +328,13 @@ class OnnxModel(LoadedModel):
         reason = reasons.get(options.export, "it would be larger than the dense weight")
         return best, f"'{weight.name}' is not stored {options.export}: {reason}"
 
-    def _write(self, model: ir.Model, path: Path, sparse_names: set[str]) -> tuple[Path, ...]:
+    def write_graph(self, model: ir.Model, path: Path) -> None:
+        """Writes a changed copy of the model, with its weights in it or beside it as they were."""
+        self._write(model, path, set(), set())
+
+    def _write(
+        self, model: ir.Model, path: Path, sparse_names: set[str], declared: set[str]
+    ) -> tuple[Path, ...]:
         if self._external:
             data = f"{path.name}.data"
             ir.save(model, path, external_data=data)
@@ -325,7 +342,7 @@ class OnnxModel(LoadedModel):
         proto = ir.to_proto(model)
         for graph in graphs(proto):
             # onnx-ir declares every initializer a second time; what the file had stays.
-            stored = {tensor.name for tensor in graph.initializer} - self._declared
+            stored = {tensor.name for tensor in graph.initializer} - declared
             for info in [v for v in graph.value_info if v.name in stored]:
                 graph.value_info.remove(info)
         sparse.make_sparse(proto, sparse_names)

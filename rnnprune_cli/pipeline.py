@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -54,7 +54,8 @@ from rnnprune_cli.model import (
     Stage,
     Weight,
 )
-from rnnprune_cli.select import check_scope, families, select
+from rnnprune_cli.select import SCOPES, families, select
+from rnnprune_cli.units import UNIT_SCOPES
 from rnnprune_cli.verify import (
     CONVERSION_TOLERANCE,
     require,
@@ -64,6 +65,9 @@ from rnnprune_cli.verify import (
     verify_weights,
 )
 
+if TYPE_CHECKING:
+    from rnnprune_cli.shrink import Shrunk
+
 Progress = Callable[[str], None]
 
 EXPORTS = {
@@ -71,10 +75,17 @@ EXPORTS = {
     "dense": "zeros stay where the weights were",
     "sparse": "ONNX sparse tensors (values and positions), where that is smaller",
     "packed": "nonzero values and a bitmap or gaps, unpacked by standard operators at load",
+    "shrunk": "smaller weights without the removed units (--granularity unit)",
 }
 """Name → summary of every export form."""
 VALUES = ("float32", "float16", "int8")
-GRANULARITIES = ("weight",)
+GRANULARITIES = {
+    "weight": "single weights of W and R",
+    "unit": "hidden units, with all that goes with them: the model becomes smaller and faster",
+}
+"""Name → what is removed together."""
+DEFAULT_SCOPES = {"weight": "row", "unit": "layer"}
+SCOPES_OF = {"weight": SCOPES, "unit": UNIT_SCOPES}
 MAX_THREADS = 256
 
 _VERIFIED_SAMPLES = 4
@@ -89,6 +100,7 @@ class PruneOptions:
     stage: Stage | None
     seed: int = 0
     data: Path | None = None
+    calibration: Path | None = None
     metric: str = "auto"
     export: ExportOptions = dataclasses.field(default_factory=ExportOptions)
     signature: str | None = None
@@ -120,11 +132,12 @@ def prune(options: PruneOptions, arguments: Mapping[str, Any], progress: Progres
     """Prunes one model.
 
     1. Check the options, then load the model; lift loops and cells to operators.
-    2. Score and select.
-    3. Write into a temporary folder beside the output.
-    4. Load or make up data, and verify what was written there against the masked model.
-    5. Measure it against the original.
-    6. Move it to its place.
+    2. Load or make up data.
+    3. Score and select; units are cut, and held against the masked model, at once.
+    4. Write into a temporary folder beside the output.
+    5. Verify what was written there against the masked model.
+    6. Measure it against the original.
+    7. Move it to its place.
 
     Args:
         options: What to do.
@@ -135,12 +148,18 @@ def prune(options: PruneOptions, arguments: Mapping[str, Any], progress: Progres
         RnnpruneError: If anything prevents a verified result; nothing is written then.
     """
     _check_options(options)
+    stage = options.stage
     output, output_format = output_path(
-        options.model, options.output, "pruned" if options.stage else "lifted"
+        options.model, options.output, "pruned" if stage else "lifted"
     )
-    if options.stage is None and output_format != "onnx":
+    if stage is None and output_format != "onnx":
         raise UsageError(
             "only ONNX models hold recurrent operators", "give an output with -o X.onnx"
+        )
+    if stage is not None and stage.granularity == "unit" and output_format != "onnx":
+        raise UsageError(
+            "units can only be removed from ONNX models",
+            f"give an output with -o {options.model.stem}.onnx: the model is converted",
         )
     _check_output(options, output, output_format)
     progress(f"reading {options.model}")
@@ -149,53 +168,51 @@ def prune(options: PruneOptions, arguments: Mapping[str, Any], progress: Progres
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(1))
         described = pool.submit(_describe, source.files)
-        model, limits = source, tuple[str, ...]()
+        base, limits = source, tuple[str, ...]()
         if output_format == "onnx" and source.format != "onnx":
             progress("converting to ONNX")
-            model = _converted(source, stack)
+            base = _converted(source, stack)
         elif source.format != "onnx":
             progress("trying whether it converts to ONNX")
             limits = _not_convertible(source)
         progress("looking for loops and cells to lift")
-        model, lifted = lift_model(model, options, stack)
-        if options.stage is None:
-            _require_lifts(model)
-        require_layers(model)
-        masks, blocked = dict[str, BoolArray](), dict[str, str]()
-        if options.stage is not None:
-            masks, blocked = make_masks(model.layers, options.stage, options.seed, progress)
-        counts = (  # before the runtimes hold copies of the weights
-            source.count() if source.format == model.format else model.count(),
-            model.count() if model.lifts else None,
-        )
-        plan = Plan((options.stage,) if options.stage else (), options.seed)
+        base, lifted = lift_model(base, options, stack)
+        if stage is None:
+            _require_lifts(base)
+        require_layers(base)
+        count = source.count() if source.format == base.format else base.count()
+        plan = Plan((stage,) if stage else (), options.seed)
+        inputs = _Inputs(options, source, base)
+        model, masks, blocked = base, dict[str, BoolArray](), dict[str, str]()
+        shrunk: Shrunk | None = None
+        if stage is not None and stage.granularity == "unit":
+            shrunk = _without_units(base, stage, inputs, stack, progress)
+            model, blocked = shrunk.model, dict(shrunk.blocked)
+        elif stage is not None:
+            masks, blocked = make_masks(model.layers, stage, options.seed, progress)
+        after = model.count() if shrunk or model.lifts else count  # before runtimes hold copies
         folder = stack.enter_context(_folder_beside(output))
         progress(f"writing {output.name}")
-        saved = model.save(masks, folder, output.name, options.export, _note(plan))
+        form = ExportOptions("dense") if shrunk else options.export
+        saved = model.save(masks, folder, output.name, form, _note(plan))
         progress("verifying")
         described_after = pool.submit(_describe, saved.files)
         claim, nonzero = verify_weights(model, saved)
         require([claim])
-        original = source.open(options.threads)
-        data = None
-        if options.data is not None:
-            progress(f"reading {options.data}")
-            data = load_dataset(options.data, original.inputs)
-        feeds = _feeds(original, model.layers, data, options.seed)
-        if data is None and options.right_padding:
-            feeds = [*map(padded_on_the_right, feeds)]
         claims = [
             *lifted,
+            *inputs.converted(),
+            *(shrunk.claims if shrunk else ()),
             *([claim] if masks else []),
-            *_verify(source, model, saved, feeds, original, data is None, options.threads),
+            *_verify(model, saved, inputs, options.threads),
         ]
         require(claims)
-        run = _Run(options, source, model, saved, original, data, feeds, nonzero, counts)
+        run = _Run(options, source, base, model, saved, inputs, nonzero, (count, after))
         files_before, files_after = described.result(), described_after.result()
         progress("comparing the models' outputs")
         quality = _quality(run)
         progress("timing")
-        before, after, ratios, warnings = _measured(run, quality, files_before, files_after)
+        before, now, ratios, warnings = _measured(run, quality, files_before, files_after)
         report = Report(
             arguments=dict(arguments),
             model=ModelInfo(
@@ -207,23 +224,116 @@ def prune(options: PruneOptions, arguments: Mapping[str, Any], progress: Progres
             ),
             output=OutputInfo(str(output), saved.format, files_after.sha256),
             plan=plan,
-            layers=_layer_rows(model.layers, saved, nonzero, blocked),
+            layers=_layer_rows(base.layers, model.layers, saved, nonzero, blocked),
             skipped=model.skipped,
             before=before,
-            after=after,
+            after=now,
             ratios=ratios,
             fidelity=quality.fidelity,
             verification=tuple(claims),
             warnings=tuple(
                 dict.fromkeys(
-                    (*source.warnings, *model.warnings, *limits, *saved.warnings, *warnings)
+                    (
+                        *source.warnings,
+                        *base.warnings,
+                        *limits,
+                        *(shrunk.warnings if shrunk else ()),
+                        *saved.warnings,
+                        *warnings,
+                    )
                 )
             ),
             environment=measure.environment(options.threads),
             lifts=model.lifts,
+            units=shrunk.units if shrunk else (),
+            states=shrunk.states if shrunk else (),
+            repairs=shrunk.repairs if shrunk else (),
         )
         _move(saved, output, folder)
     return report
+
+
+class _Inputs:
+    """The original, ready to run, and what it is run on; both are made when first asked for."""
+
+    def __init__(self, options: PruneOptions, source: LoadedModel, base: LoadedModel) -> None:
+        self.options = options
+        self._source = source
+        self._base = base
+
+    @functools.cached_property
+    def original(self) -> Runner:
+        """The model that the user named."""
+        return self._source.open(self.options.threads)
+
+    @functools.cached_property
+    def data(self) -> Dataset | None:
+        """What ``--data`` holds."""
+        path = self.options.data
+        return None if path is None else load_dataset(path, self.original.inputs)
+
+    @functools.cached_property
+    def calibration(self) -> Dataset | None:
+        """What ``--calibration`` holds, or else ``--data``."""
+        path = self.options.calibration
+        return self.data if path is None else load_dataset(path, self.original.inputs)
+
+    @functools.cached_property
+    def feeds(self) -> list[Feed]:
+        """Some samples of the data, or made-up inputs, to compare models on."""
+        feeds = _feeds(self.original, self._base.layers, self.data, self.options.seed)
+        if self.data is None and self.options.right_padding:
+            return [*map(padded_on_the_right, feeds)]
+        return feeds
+
+    def converted(self) -> list[Claim]:
+        """Holds a converted model against the original."""
+        if self._base.format == self._source.format:
+            return []
+        return [
+            verify_runs(
+                "the converted ONNX model computes what the original computes",
+                self.original,
+                self._base.open(self.options.threads),
+                self.feeds,
+                [o.name for o in self.original.outputs],
+                self.data is None,
+                CONVERSION_TOLERANCE,
+            )
+        ]
+
+
+def _without_units(
+    model: LoadedModel,
+    stage: Stage,
+    inputs: _Inputs,
+    stack: contextlib.ExitStack,
+    progress: Progress,
+) -> Shrunk:
+    """Removes units; the new model lives as long as the stack."""
+    from rnnprune_cli.onnx_model import OnnxModel
+    from rnnprune_cli.shrink import remove_units
+
+    assert isinstance(model, OnnxModel)
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rnnprune-")))
+    names = [layer.name for layer in chosen_layers(model.layers, stage)]
+    shrunk = remove_units(
+        model,
+        stage,
+        names,
+        folder,
+        inputs.calibration,
+        inputs.feeds,
+        inputs.data is None,
+        inputs.options.seed,
+        inputs.options.threads,
+        progress,
+    )
+    blocked = {
+        layer.name: "not selected" for layer in model.layers if layer.name not in names
+    } | dict(shrunk.blocked)
+    require(shrunk.claims)
+    return dataclasses.replace(shrunk, blocked=blocked)
 
 
 # Options and paths
@@ -238,12 +348,22 @@ def _check_options(options: PruneOptions) -> None:
             f"there is no export form '{options.export.export}'",
             closest(options.export.export, EXPORTS),
         )
+    units = options.stage is not None and options.stage.granularity == "unit"
+    if units and options.export.export not in ("auto", "shrunk"):
+        raise UsageError(
+            f"--export {options.export.export} is for single weights",
+            "units are cut out of the weights: leave it out, or --export shrunk",
+        )
+    if options.export.export == "shrunk" and not units:
+        raise UsageError("--export shrunk is for units", "use it with --granularity unit")
     if options.export.values not in VALUES:
         raise UsageError(
             f"values cannot be stored as '{options.export.values}'",
             closest(options.export.values, VALUES),
         )
-    if options.export.values != "float32" and options.export.export not in ("auto", "packed"):
+    if options.export.values != "float32" and (
+        units or options.export.export not in ("auto", "packed")
+    ):
         raise UsageError(
             f"--values {options.export.values} is for packed weights",
             "use it with --export packed or --export auto",
@@ -257,7 +377,6 @@ def _check_options(options: PruneOptions) -> None:
 
 def _check_stage(stage: Stage) -> None:
     found = find_method(stage.method)
-    check_scope(stage.scope)
     if stage.granularity not in GRANULARITIES:
         raise UsageError(
             f"there is no granularity '{stage.granularity}'",
@@ -268,11 +387,23 @@ def _check_stage(stage: Stage) -> None:
             f"method '{stage.method}' cannot score granularity '{stage.granularity}'",
             f"it scores: {', '.join(found.granularities)}",
         )
+    scopes = SCOPES_OF[stage.granularity]
+    if stage.scope not in scopes:
+        every = {scope for known in SCOPES_OF.values() for scope in known}
+        if stage.scope in every:
+            raise UsageError(
+                f"scope '{stage.scope}' is not for granularity '{stage.granularity}'",
+                f"it has: {', '.join(scopes)}",
+            )
+        raise UsageError(f"there is no scope '{stage.scope}'", closest(stage.scope, scopes))
     if not 0 <= stage.sparsity < 1:
         raise UsageError(
             f"sparsity {stage.sparsity:g} is not between 0 and 1",
-            "it is the share of weights to remove, such as 0.7",
+            "it is the share of weights, or units, to remove, such as 0.7",
         )
+    if stage.granularity != "unit" and (stage.resize_state or stage.allow_inexact):
+        option = "--resize-state" if stage.resize_state else "--allow-inexact"
+        raise UsageError(f"{option} is for units", "use it with --granularity unit")
 
 
 def output_path(model: Path, output: Path | None, what: str = "pruned") -> tuple[Path, str]:
@@ -568,7 +699,8 @@ def make_masks(
                 blocked[layer.name] = (
                     f"shares weights with '{protected[weight.name]}', not selected"
                 )
-    score = find_method(stage.method).score
+    score = find_method(stage.method).weight
+    assert score is not None  # the options were checked
     masks: dict[str, BoolArray] = {}
     every = [tuple(w for w in f if w.name in weights) for f in families(layers)]
     if stage.scope == "global":
@@ -601,28 +733,32 @@ def _removes(weight: Weight, masks: Masks) -> bool:
 
 
 def _layer_rows(
-    layers: Sequence[RecurrentLayer],
+    before: Sequence[RecurrentLayer],
+    after: Sequence[RecurrentLayer],
     saved: Saved,
     nonzero: Mapping[str, int],
     blocked: Mapping[str, str],
 ) -> tuple[LayerRow, ...]:
     rows = []
-    for layer in layers:
-        left = sum(nonzero.get(w.name, w.nonzero) for w in layer.weights)
-        size = layer.macs_per_step
+    now = {layer.name: layer for layer in after}
+    for old in before:
+        layer = now.get(old.name)
+        weights = () if layer is None else layer.weights
+        left = sum(nonzero.get(w.name, w.nonzero) for w in weights)
+        size = sum(w.size for w in weights)
         rows.append(
             LayerRow(
-                name=layer.name,
-                op=layer.op,
-                direction=layer.direction,
-                hidden_before=layer.hidden_size,
-                hidden_after=layer.hidden_size,
-                weights_before=size,
+                name=old.name,
+                op=old.op,
+                direction=old.direction,
+                hidden_before=old.hidden_size,
+                hidden_after=0 if layer is None else layer.hidden_size,
+                weights_before=old.macs_per_step,
                 weights_after=size,
                 nonzero_after=left,
-                sparsity=1 - left / size,
-                stored=tuple(saved.exports.get(w.name, "dense") for w in layer.weights),
-                blocked=blocked.get(layer.name),
+                sparsity=1 - left / max(size, 1),
+                stored=tuple(saved.exports.get(w.name, "dense") for w in weights),
+                blocked=blocked.get(old.name),
             )
         )
     return tuple(rows)
@@ -658,33 +794,13 @@ def _feeds(
     return feeds
 
 
-def _verify(
-    source: LoadedModel,
-    model: LoadedModel,
-    saved: Saved,
-    feeds: Sequence[Feed],
-    original: Runner,
-    made_up: bool,
-    threads: int,
-) -> list[Claim]:
+def _verify(model: LoadedModel, saved: Saved, inputs: _Inputs, threads: int) -> list[Claim]:
     claims = model.verify_untouched(saved)
-    names = [o.name for o in original.outputs]
-    if model.format != source.format:
-        claims.append(
-            verify_runs(
-                "the converted ONNX model computes what the original computes",
-                original,
-                model.open(threads),
-                feeds,
-                names,
-                made_up,
-                CONVERSION_TOLERANCE,
-            )
-        )
+    names, feeds = [o.name for o in inputs.original.outputs], inputs.feeds
     if model.big and any(claim.claim == UNCHANGED for claim in claims):
         # Held against each other bit by bit; two more copies in memory would prove no more.
         return claims
-    if model.format == "onnx":
+    if model.format == "onnx" and saved.stored:
         unpruned = {weight.name: weight.read for weight in _weights(model.layers)}
         claims.append(
             verify_same(
@@ -693,10 +809,14 @@ def _verify(
                 run_all(model.open_masked(unpruned, threads), feeds, names),
             )
         )
+    if saved.stored:
+        reference, claim = model.open_masked(saved.stored, threads), "the masked model computes"
+    else:
+        reference, claim = model.open(threads), "was made"
     claims.append(
         verify_same(
-            "the written model computes what the masked model computes",
-            run_all(model.open_masked(saved.stored, threads), feeds, names),
+            f"the written model computes what {claim}",
+            run_all(reference, feeds, names),
             run_all(model.reopen(saved, threads), feeds, names),
         )
     )
@@ -709,14 +829,30 @@ class _Run:
 
     options: PruneOptions
     source: LoadedModel
+    base: LoadedModel
+    """The model that was pruned: the source, converted and lifted."""
     model: LoadedModel
+    """The same without removed units."""
     saved: Saved
-    original: Runner
-    data: Dataset | None
-    feeds: Sequence[Feed]
+    inputs: _Inputs
     nonzero: Mapping[str, int]
-    counts: tuple[ParameterCount, ParameterCount | None]
-    """Of the original, and of the model to prune where lifting changed it."""
+    counts: tuple[ParameterCount, ParameterCount]
+    """Of the original, and of the model whose weights are pruned."""
+
+    @property
+    def original(self) -> Runner:
+        """The model that the user named."""
+        return self.inputs.original
+
+    @property
+    def data(self) -> Dataset | None:
+        """The user's data."""
+        return self.inputs.data
+
+    @property
+    def feeds(self) -> Sequence[Feed]:
+        """What to compare on where there are no data."""
+        return self.inputs.feeds
 
     @functools.cached_property
     def pruned(self) -> Runner:
@@ -790,30 +926,28 @@ def _measured(
     latency_before, latency_after, ratio = measure.interleaved_latency(
         openers, feed, options.latency_seconds, rounds, options.seed
     )
-    weights = _weights(run.model.layers)
-    recurrent = sum(w.size for w in weights)
-    nonzero_before = sum(w.nonzero for w in weights)
-    nonzero_after = sum(run.nonzero.get(w.name, w.nonzero) for w in weights)
-    macs = sum(layer.macs_per_step for layer in run.model.layers)
+    weights, left = _weights(run.base.layers), _weights(run.model.layers)
+    nonzero_left = sum(w.nonzero for w in left)
+    nonzero_after = sum(run.nonzero.get(w.name, w.nonzero) for w in left)
     before = Measurement(
         parameters=run.counts[0].parameters,
         nonzero=run.counts[0].nonzero,
-        recurrent_parameters=recurrent,
-        recurrent_nonzero=nonzero_before,
+        recurrent_parameters=sum(w.size for w in weights),
+        recurrent_nonzero=sum(w.nonzero for w in weights),
         bytes=files_before.bytes,
         gzip_bytes=files_before.gzip_bytes,
-        macs_per_step=macs,
+        macs_per_step=sum(layer.macs_per_step for layer in run.base.layers),
         latency_ms=latency_before,
         metric=quality.before,
     )
-    count = run.counts[1] or run.counts[0]
-    after = dataclasses.replace(
-        before,
-        parameters=count.parameters,
-        nonzero=count.nonzero - nonzero_before + nonzero_after,
+    after = Measurement(
+        parameters=run.counts[1].parameters,
+        nonzero=run.counts[1].nonzero - nonzero_left + nonzero_after,
+        recurrent_parameters=sum(w.size for w in left),
         recurrent_nonzero=nonzero_after,
         bytes=files_after.bytes,
         gzip_bytes=files_after.gzip_bytes,
+        macs_per_step=sum(layer.macs_per_step for layer in run.model.layers),
         latency_ms=latency_after,
         metric=quality.after,
     )
@@ -831,7 +965,8 @@ def _measured(
 def _advice(run: _Run, gzip_estimated: bool) -> Iterator[str]:
     stage = run.options.stage
     if stage is not None and stage.sparsity == 0:
-        yield "sparsity 0 removes nothing; give --sparsity 0.7 to remove 70 % of the weights"
+        what = f"{stage.granularity}s"
+        yield f"sparsity 0 removes nothing; give --sparsity 0.5 to remove half of the {what}"
     if run.data is None and stage is None:
         yield "inputs were made up: give --data to compare on real ones"
     elif run.data is None:
@@ -840,7 +975,8 @@ def _advice(run: _Run, gzip_estimated: bool) -> Iterator[str]:
         yield "the data has no labels, so no metric was measured: add an array 'labels'"
     if stage is not None and stage.sparsity > 0 and run.options.export.export == "dense":
         yield "zeros are stored like any weight: --export packed makes the file smaller"
-    if stage is not None and run.source.format == run.model.format:
+    weights = stage is not None and stage.granularity == "weight"
+    if weights and run.source.format == run.model.format:
         yield "runtimes multiply zeros too: removing single weights does not change latency"
     if gzip_estimated:
         yield "the gzipped sizes are estimated from a sample of the files"

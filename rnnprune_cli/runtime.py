@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import onnxruntime as ort
 
 from rnnprune_cli.errors import RnnpruneError
-from rnnprune_cli.model import Array, Feed, Runner, TensorSpec
+from rnnprune_cli.model import Array, BoolArray, Feed, Runner, TensorSpec, compress
 
 BIG_MODEL_BYTES = 512 << 20
 """From here on weights are used where they lie in the file, not re-packed in memory."""
@@ -72,6 +73,29 @@ class OnnxRunner(Runner):
                 "give inputs that it accepts with --data inputs.npz",
             ) from error
         return [np.asarray(r) for r in results]
+
+
+class ResizedRunner(Runner):
+    """A model that takes shorter states than the one it was made from, fed with the old ones.
+
+    Args:
+        runner: The model.
+        resized: Input → which places of it stay, broadcastable to it, and the axis that is cut.
+    """
+
+    def __init__(self, runner: Runner, resized: Mapping[str, tuple[BoolArray, int]]) -> None:
+        self._runner = runner
+        self._resized = resized
+        self.inputs, self.outputs = runner.inputs, runner.outputs
+        self.size_hints = runner.size_hints
+
+    def run(self, feed: Feed) -> list[Array]:
+        """Runs the model; states that are short already are taken as they are."""
+        cut = dict(feed)
+        for name, (keep, axis) in self._resized.items():
+            if cut[name].shape[axis] == keep.shape[axis]:
+                cut[name] = compress(cut[name], keep, axis)
+        return self._runner.run(cut)
 
 
 _SOURCE_PLACE = re.compile(r"/onnxruntime_src/\S+:\d+ ")

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from rnnprune_cli.errors import UsageError, closest
 from rnnprune_cli.model import Array, BoolArray, RecurrentLayer, Weight
 
 SCOPES = {
@@ -22,12 +21,6 @@ NDArrayInt = np.ndarray[Any, np.dtype[np.int64]]
 
 _CHUNK_ELEMENTS = 1 << 20
 """Rows are selected in blocks of about this size, to keep temporaries small."""
-
-
-def check_scope(scope: str) -> None:
-    """Raises UsageError for an unknown scope."""
-    if scope not in SCOPES:
-        raise UsageError(f"there is no scope '{scope}'", closest(scope, SCOPES))
 
 
 def removed_per_group(groups: int, size: int, sparsity: float) -> NDArrayInt:

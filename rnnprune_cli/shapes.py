@@ -73,8 +73,9 @@ def _node(node: ir.Node, versions: dict[str, int]) -> None:
         )
     except Exception:  # unrelated types where a node contradicts its inputs
         return
-    target = node.inputs[0] if node.op_type == "ConstantOfShape" else None
-    if target is not None and (sizes := _sizes(target)) is not None:
+    target = node.inputs[_TARGETS[node.op_type]] if node.op_type in _TARGETS else None
+    sizes = None if target is None else _sizes(target)
+    if sizes is not None and node.op_type == "ConstantOfShape":
         node.outputs[0].shape = ir.Shape(sizes)
     for value in node.outputs:
         inferred = found.get(value.name or "")
@@ -90,6 +91,12 @@ def _node(node: ir.Node, versions: dict[str, int]) -> None:
                     for d in tensor_type.shape.dim
                 ]
             )
+    if sizes is not None and node.op_type == "Reshape" and node.outputs[0].shape is None:
+        node.outputs[0].shape = ir.Shape([k if k is not None and k > 0 else None for k in sizes])
+
+
+_TARGETS = {"ConstantOfShape": 0, "Reshape": 1}
+"""Operator → its input that holds the sizes of its output."""
 
 
 def _is_vague(value: ir.Value) -> bool:
@@ -111,7 +118,8 @@ def _sizes(value: ir.Value) -> list[int | None] | None:
     if node is not None and node.op_type == "Concat":
         parts = [None if v is None else _sizes(v) for v in node.inputs]
         return None if None in parts else [k for part in parts for k in part or []]
-    return [None] if value.shape == [1] else None
+    length = value.shape[0] if value.shape is not None and len(value.shape) == 1 else None
+    return [None] * length if isinstance(length, int) and length <= _MAX_ELEMENTS else None
 
 
 def _element(node: ir.Node) -> None:

@@ -100,7 +100,7 @@ def choose(
 
     Args:
         coupling: What goes together.
-        scores: float, one for each label, ≥ 0; those of coupled units add up.
+        scores: float, one for each label, ≥ 0; the same for all of a class.
         names: The layers that may lose units.
         sparsity: Share of their units to remove, 0 ≤ s < 1.
         scope: A key of :data:`UNIT_SCOPES`.
@@ -191,8 +191,7 @@ def _groups(coupling: Coupling, root: IntArray, allowed: BoolArray, scores: Arra
         for number in numbers:
             leader[find(number)] = find(numbers[0])
     energy = np.zeros(len(root))
-    for layer in coupling.layers:
-        np.add.at(energy, root[layer.labels], scores[layer.labels])
+    energy[root] = scores  # one for all labels of a class
     groups = []
     for each in dict.fromkeys(find(number) for number in range(len(rows))):
         members = [number for number in range(len(rows)) if find(number) == each]

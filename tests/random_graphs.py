@@ -22,8 +22,8 @@ from onnx import TensorProto, helper, numpy_helper
 Kept = Mapping[str, Sequence[Sequence[int]]]
 Dim = int | str
 
-OPSETS = (11, 13, 15, 17, 18, 21)
-MIN_IR = {11: 7, 13: 7, 15: 8, 17: 8, 18: 8, 21: 10}
+OPSETS = (9, 10, 11, 13, 15, 17, 18, 21)
+MIN_IR = {9: 4, 10: 5, 11: 7, 13: 7, 15: 8, 17: 8, 18: 8, 21: 10}
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 ACTIVATIONS = {
     "LSTM": (("HardSigmoid", "Tanh", "Tanh"), ("Sigmoid", "Softsign", "Tanh")),
@@ -137,6 +137,17 @@ class _Layer:
         return 2 if self.direction == "bidirectional" else 1
 
 
+@dataclass(frozen=True)
+class _Weighted:
+    """A layer with what another one needs to have the same weights."""
+
+    layer: _Layer
+    x: _Tensor
+    names: tuple[_Argument, ...]
+    arrays: tuple[np.ndarray, ...]
+    attributes: dict[str, Any]
+
+
 _Argument = _Tensor | np.ndarray | str
 _Pattern = Callable[["_Builder", _Tensor], "_Tensor | None"]
 
@@ -167,6 +178,8 @@ class _Builder:
         self.sizes = ({"T": 5, "N": 2}, {"T": int(self.rng.integers(3, 9)), "N": 3})
         self.lens: _Tensor | None = None
         self.flag: _Tensor | None = None
+        self.twins: list[str] = []
+        self.weighted: list[_Weighted] = []  # layers of the main graph
         self.pool: list[_Tensor] = []  # unit-bearing sequences of earlier layers
         self.finals: list[tuple[_Tensor, _Tensor | None]] = []  # Y_h and Y_c of earlier layers
         self.x = self.source()
@@ -362,6 +375,9 @@ class _Builder:
     def gather(self, tensor: _Tensor, letter: str, index: int) -> _Tensor:
         """One index of an axis; the axis goes."""
         axis = tensor.axes.index(letter)
+        size = tensor.shape[axis]
+        if self.opset < 11 and index < 0 and isinstance(size, int):
+            index += size
         name = self.op("Gather", tensor, np.array(index, np.int64), axis=axis)
         dead = None if tensor.dead is None else tensor.spread(axis).take(index, axis)
         return _Tensor(name, *tensor.without(axis), dead)
@@ -370,8 +386,7 @@ class _Builder:
         """A range of an axis; `stop` None is the end."""
         axis = tensor.axes.index(letter)
         end = np.iinfo(np.int64).max if stop is None else stop
-        values = [np.array([v], np.int64) for v in (start, end, axis)]
-        name = self.op("Slice", tensor, *values)
+        name = self.cut(tensor, start, end, axis)
         size = tensor.shape[axis]
         length = len(range(*slice(start, stop).indices(size if isinstance(size, int) else 3)))
         shape = (*tensor.shape[:axis], length, *tensor.shape[axis + 1 :])
@@ -379,6 +394,12 @@ class _Builder:
             return _Tensor(name, tensor.axes, shape)
         index = (slice(None),) * axis + (slice(start, stop),)
         return _Tensor(name, tensor.axes, shape, tensor.spread(axis)[index])
+
+    def cut(self, tensor: _Argument, start: int, end: int, axis: int) -> str:
+        """A Slice, whose bounds are attributes before opset 10."""
+        if self.opset < 10:
+            return self.op("Slice", tensor, starts=[start], ends=[end], axes=[axis])
+        return self.op("Slice", tensor, *[np.array([v], np.int64) for v in (start, end, axis)])
 
     def split(self, tensor: _Tensor, letter: str) -> list[_Tensor]:
         """Two halves of an axis."""
@@ -461,8 +482,7 @@ class _Builder:
             target = self.pack(*[self.size(tensor, i) for i in range(lead)], width)
         else:
             shape = self.op("Shape", tensor)
-            limits = [np.array([v], np.int64) for v in (0, lead)]
-            sizes_of_lead = self.op("Slice", shape, *limits)
+            sizes_of_lead = self.cut(shape, 0, lead, 0)
             last: int | str = width if self.chance(0.5) else -1
             if how == "shape_mul":
                 last = self.op("Gather", shape, np.array([lead + 1], np.int64), axis=0)
@@ -644,7 +664,12 @@ class _Builder:
         return name
 
     def recurrent(
-        self, x: _Tensor, layer: _Layer, initial: Sequence[_Tensor] = (), whole: bool = True
+        self,
+        x: _Tensor,
+        layer: _Layer,
+        initial: Sequence[_Tensor] = (),
+        whole: bool = True,
+        record: bool = False,
     ) -> tuple[_Tensor, _Tensor, _Tensor | None]:
         """One recurrent operator on [time, batch, features]; returns Y, Y_h, Y_c.
 
@@ -652,11 +677,7 @@ class _Builder:
         """
         directions, hidden, rows = layer.directions, layer.hidden, GATES[layer.op] * layer.hidden
         lstm = layer.op == "LSTM"
-        self.layers[layer.name] = (directions, hidden)
-        dead = np.zeros((directions, hidden), bool)
-        for row, units in zip(dead, self.kept.get(layer.name, ()), strict=False):
-            row[:] = True
-            row[list(units)] = False
+        dead = self.removed(layer)
         for state in initial:  # what a removed unit starts from is as removed as the unit
             if state.dead is not None:
                 dead |= state.dead[:, 0, :]
@@ -707,12 +728,48 @@ class _Builder:
             values = 0.3 * self.rng.standard_normal((directions, 3 * hidden)).astype(np.float32)
             arguments[7] = self.stored(values, f"{layer.name}_P")
 
+        if record:
+            self.weighted.append(
+                _Weighted(layer, x, tuple(arguments[1:4]), (w, r, bias), attributes)
+            )
+        return self.recurrent_op(x, layer, arguments, attributes, dead)
+
+    def recurrent_op(
+        self,
+        x: _Tensor,
+        layer: _Layer,
+        arguments: Sequence[_Argument],
+        attributes: dict[str, Any],
+        dead: np.ndarray,
+    ) -> tuple[_Tensor, _Tensor, _Tensor | None]:
+        lstm = layer.op == "LSTM"
         names = [f"{layer.name}_{s}{self.suffix}" for s in ("yhc" if lstm else "yh")]
         self.op(layer.op, *arguments, names=names, node=layer.name, **attributes)
-        y_shape: tuple[Dim, ...] = (x.shape[0], directions, self.batch, hidden)
+        y_shape: tuple[Dim, ...] = (x.shape[0], layer.directions, self.batch, layer.hidden)
         y = _Tensor(names[0], "TDNF", y_shape, dead[None, :, None, :])
         h = _Tensor(names[1], "DNF", y_shape[1:], dead[:, None, :])
         return y, h, replace(h, name=names[2]) if lstm else None
+
+    def removed(self, layer: _Layer) -> np.ndarray:
+        """A new layer's removed units, [directions, hidden]."""
+        self.layers[layer.name] = (layer.directions, layer.hidden)
+        dead = np.zeros((layer.directions, layer.hidden), bool)
+        for row, units in zip(dead, self.kept.get(layer.name, ()), strict=False):
+            row[:] = True
+            row[list(units)] = False
+        return dead
+
+    def twin(self, other: _Weighted, x: _Tensor) -> tuple[_Tensor, _Tensor, _Tensor | None]:
+        """The weights of a layer once more, on another input; the units are the same ones."""
+        layer = replace(other.layer, name=f"{other.layer.name}_twin{len(self.layers)}")
+        dead = self.removed(layer) | self.removed(other.layer)
+        arguments: list[_Argument] = [x, *other.names]
+        if self.kept:  # here the weights are stored twice, with zeros at other places
+            w, r, _ = other.arrays
+            for index, values in ((1, self.zeroed(w, 2, x)), (2, r * ~dead[:, None, :])):
+                name = f"{layer.name}_masked_{index}"
+                arguments[index] = self.stored(values.astype(np.float32), name)
+        return self.recurrent_op(x, layer, arguments, other.attributes, dead)
 
     def stateful(self, x: _Tensor, layer: _Layer) -> tuple[_Tensor, _Tensor, _Tensor | None]:
         """A layer with initial states of a random kind."""
@@ -745,7 +802,7 @@ class _Builder:
             h, c = encoders[int(self.rng.integers(len(encoders)))]
             initial = [h, c or h][: len(letters)]
 
-        y, h, c = self.recurrent(x, layer, initial)
+        y, h, c = self.recurrent(x, layer, initial, record=True)
         states = [h] if c is None else [h, c]
         if kind == "inputs":
             for state, letter in zip(states, letters, strict=True):
@@ -804,6 +861,36 @@ class _Builder:
         initial = [zero] * (2 if layer.op == "LSTM" else 1)
         _, outputs = self.scan(initial, x, step)
         return outputs[0]
+
+    def loop_layer(self, x: _Tensor, layer: _Layer) -> _Tensor:
+        """A Loop with a recurrent operator of one step, whose last state goes to every step."""
+        self.use("loop:layer")
+        layer = replace(layer, direction="forward", op="GRU" if layer.op == "LSTM" else layer.op)
+        shape: tuple[Dim, ...] = (1, self.batch, layer.hidden)
+        zero = _Tensor(self.zeros(1, width=layer.hidden), "DNF", shape)
+        steps = self.op("Gather", self.op("Shape", x), np.array(0, np.int64), axis=0)
+
+        def step(number: str, state: _Tensor) -> _Tensor:
+            name = self.op("Gather", x, number, axis=0)
+            dead = None if x.dead is None else x.dead[0]
+            one = self.unsqueeze(_Tensor(name, x.axes[1:], x.shape[1:], dead), 0, "T")
+            return self.recurrent(one, layer, [state], whole=False)[1]
+
+        final = self.loop(steps, zero, step)
+        self.finals.append((final, None))
+        return self.join([self.repeated(self.squeeze(final, "D"), x), x], "F")
+
+    def repeated(self, vector: _Tensor, like: _Tensor) -> _Tensor:
+        """A vector [N, F] at every step of a sequence [T, N, F]."""
+        one = self.unsqueeze(vector, 0, "T")
+        if self.chance(0.5):
+            name = self.op("Tile", one, self.pack(self.size(like, 0), 1, 1))
+        elif self.chance(0.5):
+            width = vector.width if self.chance(0.5) else 1
+            name = self.op("Expand", one, self.pack(self.size(like, 0), self.size(like, 1), width))
+        else:
+            name = self.op("Expand", one, self.pack(self.size(like, 0), 1, 1))
+        return replace(one, name=name, shape=(like.shape[0], *one.shape[1:]))
 
 
 # Y [T, D, N, F] to a sequence of feature vectors
@@ -864,6 +951,8 @@ def _leaky_relu(g: _Builder, t: _Tensor) -> _Tensor:
 
 
 def _clip(g: _Builder, t: _Tensor) -> _Tensor:
+    if g.opset < 11:
+        return g.unary(t, "Clip", min=-0.5, max=0.6)
     return g.unary(t, "Clip", np.array(-0.5, np.float32), np.array(0.6, np.float32))
 
 
@@ -966,7 +1055,7 @@ def _gate_dense(g: _Builder, t: _Tensor) -> _Tensor | None:
 def _where(g: _Builder, t: _Tensor) -> _Tensor | None:
     if "T" not in t.axes:
         return None
-    if g.chance(0.5):
+    if g.opset >= 11 and g.chance(0.5):
         lens = g.op("Cast", g.lengths(), to=TensorProto.INT64)
         steps = g.op("Gather", g.op("Shape", g.x), np.array(0, np.int64), axis=0)
         steps = g.op("Range", np.array(0, np.int64), steps, np.array(1, np.int64))
@@ -1006,7 +1095,7 @@ def _attend(g: _Builder, query: _Tensor, key: _Tensor, value: _Tensor) -> _Tenso
     # Fewer units must not change the scale, so it is a constant and not a computed size.
     scale = np.array(1 / np.sqrt(query.width), np.float32)
     scores = g.op("MatMul", g.live(query, key), g.transpose(key, "NFT"))
-    attention = g.op("Softmax", g.op("Mul", scores, scale), axis=-1)
+    attention = g.op("Softmax", g.op("Mul", scores, scale), axis=2)
     return replace(value, name=g.op("MatMul", attention, value))
 
 
@@ -1070,6 +1159,81 @@ def _loop_repeat(g: _Builder, t: _Tensor) -> _Tensor:
     return g.loop(np.array(2, np.int64), t, step)
 
 
+def _depthwise(g: _Builder, t: _Tensor) -> _Tensor | None:
+    if "T" not in t.axes:
+        return None
+    t = _channels_first(g, t)
+    arguments: list[_Argument] = [g.weights(3, t.width, 1, 3)]
+    if g.chance(0.6):
+        arguments.append(g.rng.standard_normal(t.width).astype(np.float32))
+    return g.unary(t, "Conv", *arguments, kernel_shape=[3], pads=[1, 1], group=t.width)
+
+
+def _twin(g: _Builder, t: _Tensor) -> _Tensor | None:
+    """An earlier layer once more, on another input, beside the sequence."""
+    if "T" not in t.axes or not g.weighted or t.width > 40 or g.weighted[-1].layer.name in g.twins:
+        return None
+    other = g.weighted[-1]
+    g.twins.append(other.layer.name)
+    y, _, _ = g.twin(other, g.unary(other.x, "Neg"))
+    merged = g.flatten(g.transpose(y, "TNDF"), "zero_copy")
+    return g.join([t, g.transpose(merged, t.axes)], "F")
+
+
+def _repeat_final(g: _Builder, t: _Tensor) -> _Tensor | None:
+    """The last state of some layer at every step, as decoders read it."""
+    found = [h for h, _ in g.finals if h.shape[0] == 1]
+    if "T" not in t.axes or not found or t.width > 40:
+        return None
+    t = g.transpose(t, "TNF")
+    vector = g.squeeze(found[int(g.rng.integers(len(found)))], "D")
+    return g.join([g.repeated(vector, g.x), t], "F")
+
+
+def _prelu(g: _Builder, t: _Tensor) -> _Tensor:
+    return g.unary(t, "PRelu", g.vector(t, g.rng.uniform(0.1, 0.5, t.width).astype(np.float32)))
+
+
+def _per_unit_limit(g: _Builder, t: _Tensor) -> _Tensor:
+    limit = g.vector(t, g.rng.uniform(0.1, 0.5, t.width).astype(np.float32))
+    return g.binary(g.pick("Max", "Min"), t, limit)
+
+
+def _backwards(g: _Builder, t: _Tensor) -> _Tensor | None:
+    """The features in the opposite order."""
+    if g.opset < 10:
+        return None
+    axis = t.axes.index("F")
+    bounds = [np.array([v], np.int64) for v in (-1, np.iinfo(np.int64).min, axis, -1)]
+    name = g.op("Slice", t, *bounds)
+    return replace(t, name=name, dead=None if t.dead is None else np.flip(t.dead, axis))
+
+
+def _every_other(g: _Builder, t: _Tensor) -> _Tensor | None:
+    """Every other feature, by a Slice or a Gather."""
+    if g.opset < 10 or t.width < 6:
+        return None
+    axis = t.axes.index("F")
+    count = len(range(0, t.width, 2))
+    if g.chance(0.5):
+        places = np.arange(0, t.width, 2) - (t.width if g.opset >= 11 and g.chance(0.5) else 0)
+        name = g.op("Gather", t, places.astype(np.int64), axis=axis)
+    else:
+        bounds = [np.array([v], np.int64) for v in (0, t.width, axis, 2)]
+        name = g.op("Slice", t, *bounds)
+    shape = (*t.shape[:axis], count, *t.shape[axis + 1 :])
+    dead = None if t.dead is None else t.spread(axis)[(slice(None),) * axis + (slice(0, None, 2),)]
+    return _Tensor(name, t.axes, shape, dead)
+
+
+def _channel_softmax_gate(g: _Builder, t: _Tensor) -> _Tensor | None:
+    """Features weighted by one number a step, made of all of them."""
+    if t.axes[-1] != "F":
+        return None
+    gate = g.unary(g.dense(t, 1), "Sigmoid")
+    return replace(t, name=g.op("Mul", t, gate))
+
+
 # Most of these work on sequences and on vectors alike.
 PASS: dict[str, _Pattern] = {
     **{
@@ -1108,6 +1272,14 @@ PASS: dict[str, _Pattern] = {
     "if:layers": _if_partner,
     "scan:sums": _scan_sums,
     "loop:repeat": _loop_repeat,
+    "conv:depthwise": _depthwise,
+    "weights:shared": _twin,
+    "repeat:final": _repeat_final,
+    "constant:prelu": _prelu,
+    "constant:limit": _per_unit_limit,
+    "order:backwards": _backwards,
+    "order:every_other": _every_other,
+    "mul:gate_of_one": _channel_softmax_gate,
 }
 
 
@@ -1152,7 +1324,7 @@ def _gemm(transposed: bool, g: _Builder, t: _Tensor) -> _Tensor | None:
     if g.chance(0.4):
         attributes |= {"alpha": 0.5, "beta": 2.0}
     arguments: list[_Argument] = [flat, weights.T if transposed else weights]
-    if g.chance(0.7):
+    if g.opset < 11 or g.chance(0.7):
         arguments.append(g.rng.standard_normal(count).astype(np.float32))
     name = g.op("Gemm", *arguments, **attributes)
     if len(t.axes) == 3:
@@ -1223,7 +1395,32 @@ def _scan_dense(g: _Builder, t: _Tensor) -> _Tensor | None:
     return g.scan([zero], t, step)[1][0]
 
 
+def _heads(g: _Builder, t: _Tensor) -> _Tensor | None:
+    """Attention of two heads on projections."""
+    if t.axes not in ("TNF", "NTF"):
+        return None
+    t = g.transpose(t, "NTF")
+    parts = []
+    for _ in range(3):
+        split = g.op("Reshape", g.dense(t, 8), np.array([0, 0, 2, 4], np.int64))
+        parts.append(g.op("Transpose", split, perm=[0, 2, 1, 3]))
+    scores = g.op("MatMul", parts[0], g.op("Transpose", parts[1], perm=[0, 1, 3, 2]))
+    context = g.op("MatMul", g.op("Softmax", scores, axis=3), parts[2])
+    joint = g.op("Transpose", context, perm=[0, 2, 1, 3])
+    return g.dense_result(t, g.op("Reshape", joint, np.array([0, 0, 8], np.int64)), 8)
+
+
+def _total(g: _Builder, t: _Tensor) -> _Tensor:
+    """The sum of weighted features, as additive attention has it."""
+    scaled = _constant("Mul", g, t)
+    axis = t.axes.index("F")
+    name = g.axes_op("ReduceSum", g.live(scaled), [axis], 13, keepdims=1)
+    return g.dense_result(t, name, 1)
+
+
 CONSUME: dict[str, _Pattern] = {
+    "consume:heads": _heads,
+    "consume:sum": _total,
     "consume:matmul": _matmul,
     "consume:matmul_3d": _matmul_3d,
     "consume:matmul_left": _matmul_left,
@@ -1245,7 +1442,9 @@ def _last_slice(g: _Builder, t: _Tensor) -> _Tensor:
     return g.squeeze(g.slice(t, "T", -1, None), "T")
 
 
-def _last_gather(g: _Builder, t: _Tensor) -> _Tensor:
+def _last_gather(g: _Builder, t: _Tensor) -> _Tensor | None:
+    if g.opset < 11 and g.steps == "T":
+        return None
     return g.gather(t, "T", -1)
 
 
@@ -1275,7 +1474,9 @@ def _attention_query(g: _Builder, t: _Tensor) -> _Tensor:
     return _weighted(g, g.op("MatMul", t, query), t)
 
 
-def _attention_last(g: _Builder, t: _Tensor) -> _Tensor:
+def _attention_last(g: _Builder, t: _Tensor) -> _Tensor | None:
+    if g.opset < 11 and g.steps == "T":
+        return None
     t = g.transpose(t, "NTF")
     query = g.unsqueeze(g.gather(t, "T", -1), 2, "S")
     return _weighted(g, g.op("MatMul", g.live(t, query), query), t)
@@ -1298,7 +1499,50 @@ def _loop_sum(g: _Builder, t: _Tensor) -> _Tensor:
     return g.loop(steps, zero, step)
 
 
+def _flat(g: _Builder, t: _Tensor) -> _Tensor | None:
+    """All steps side by side."""
+    if not isinstance(g.steps, int) or t.width > 40:
+        return None
+    order = g.pick("NTF", "NFT")
+    t = g.transpose(t, order)
+    sizes = (g.steps, t.width) if order == "NTF" else (t.width, g.steps)
+    if g.chance(0.5):
+        name = g.op("Flatten", t, axis=1)
+    else:
+        name = g.op("Reshape", t, np.array([0, -1], np.int64))
+    if t.dead is None:
+        return _Tensor(name, "NF", (t.shape[0], g.steps * t.width))
+    dead = np.broadcast_to(t.dead, (t.dead.shape[0], *sizes)).reshape(t.dead.shape[0], -1)
+    return _Tensor(name, "NF", (t.shape[0], g.steps * t.width), dead)
+
+
+def _last_valid(how: str, g: _Builder, t: _Tensor) -> _Tensor | None:
+    """The last step of each sequence, by its length."""
+    if g.opset < 13:
+        return None
+    t = g.transpose(t, "NTF")
+    lens = g.op("Cast", g.lengths(), to=TensorProto.INT64)
+    last = g.op("Sub", lens, np.array(1, np.int64))
+    dead = None if t.dead is None else t.dead[:, 0]
+    result = _Tensor("", "NF", (t.shape[0], t.width), dead)
+    if how == "elements":
+        index = g.axes_op("Unsqueeze", last, [1, 2], 13)
+        index = g.op("Expand", index, g.pack(1, 1, t.width))
+        picked = _Tensor(g.op("GatherElements", t, index, axis=1), "NTF", t.shape, t.dead)
+        return g.squeeze(replace(picked, shape=(t.shape[0], 1, t.width)), "T")
+    index = g.axes_op("Unsqueeze", last, [1], 13)
+    if g.chance(0.5):
+        return replace(result, name=g.op("GatherND", t, index, batch_dims=1))
+    rows = g.op("Squeeze", g.size(t, 0), np.array([0], np.int64))
+    rows = g.op("Range", np.array(0, np.int64), rows, np.array(1, np.int64))
+    index = g.op("Concat", g.axes_op("Unsqueeze", rows, [1], 13), index, axis=1)
+    return replace(result, name=g.op("GatherND", t, index))
+
+
 SUMMARY: dict[str, _Pattern] = {
+    "flat": _flat,
+    "last:gather_nd": functools.partial(_last_valid, "nd"),
+    "last:gather_elements": functools.partial(_last_valid, "elements"),
     "last:slice": _last_slice,
     "last:gather": _last_gather,
     "reduce:mean": functools.partial(_reduce, "ReduceMean"),
@@ -1384,8 +1628,18 @@ def _block_layer_norm(g: _Builder, t: _Tensor) -> _Tensor | None:
     return g.unary(t, "LayerNormalization", scale, bias, axis=-1, epsilon=0.1)
 
 
+def _block_decomposed_norm(g: _Builder, t: _Tensor) -> _Tensor:
+    axis = [t.axes.index("F")]
+    mean = g.axes_op("ReduceMean", t, axis, 18, keepdims=1)
+    apart = g.unary(t, "Sub", mean)
+    square = g.op("Pow", apart, np.array(2, np.float32))
+    spread = g.axes_op("ReduceMean", square, axis, 18, keepdims=1)
+    root = g.op("Sqrt", g.op("Add", spread, np.array(0.1, np.float32)))
+    return g.unary(apart, "Div", root)
+
+
 def _block_softmax(g: _Builder, t: _Tensor) -> _Tensor | None:
-    return g.unary(t, "Softmax", axis=-1) if t.axes[-1] == "F" else None
+    return g.unary(t, "Softmax", axis=len(t.axes) - 1) if t.axes[-1] == "F" else None
 
 
 def _block_reduce_mean(g: _Builder, t: _Tensor) -> _Tensor:
@@ -1400,6 +1654,7 @@ def _block_output(g: _Builder, t: _Tensor) -> _Tensor:
 
 BLOCK: dict[str, _Pattern] = {
     "block:layer_norm": _block_layer_norm,
+    "block:decomposed_norm": _block_decomposed_norm,
     "block:softmax": _block_softmax,
     "block:reduce_mean": _block_reduce_mean,
     "block:output": _block_output,
@@ -1415,7 +1670,7 @@ PATTERNS: tuple[str, ...] = tuple(
             *(f"weights:{k}" for k in ("initializer", "constant_node", "transposed", "concat")),
             *(f"state:{k}" for k in ("none", "computed_zeros", "sliced_zeros", "constant")),
             *(f"state:{k}" for k in ("inputs", "packed_inputs", "packed_hc", "encoder")),
-            *("if:layer", "scan:layer", "raw:elementwise", "raw:dense", "value_info"),
+            *("if:layer", "scan:layer", "loop:layer", "raw:elementwise", "raw:dense", "value_info"),
             *(*MERGE_ONE, *MERGE_TWO, *PASS, *CONSUME, *SUMMARY, *STATE, *BLOCK),
         ]
     )
@@ -1444,8 +1699,10 @@ def _independent_layers(g: _Builder, count: int, block: int) -> _Tensor | None:
         if last and draw < 0.15 and index != block:
             g.finals.append(g.stateful(x, layer)[1:])
             return None
-        if draw < 0.8:
+        if draw < 0.75:
             t = g.plain_layer(x, layer)
+        elif draw < 0.8:
+            t = g.loop_layer(x, layer)
         elif draw < 0.9:
             t = g.if_layer(x, layer)
         else:

@@ -135,7 +135,7 @@ class Coupling:
         layers: The layers whose units have labels.
         cuts: Everything that is cut, in graph order.
         blocks: What cannot go, in graph order.
-        masked: (node, input index) of products of two run-time values that sum over units.
+        masked: (node, input index) of what sums over units without weights that can be zero.
         inexact: Nodes that normalise over units.
         states: States that callers hand in and get back.
     """
@@ -158,25 +158,33 @@ class Coupling:
         self.states: list[State] = []
         self._labels: dict[int, tuple[ir.Value, Labels]] = {}
         self._outcomes: dict[int, _Outcome] = {}
-        self._pending: list[ir.Node] = []
+        self._pending: set[int] = set()
         self._fresh: dict[tuple[int, int], IntArray] = {}
-        self._nodes = {id(node): node for node in model.graph.all_nodes()}
+        self._nodes = list(_in_order(model.graph))
+        self._places = {id(node): k for k, node in enumerate(self._nodes)}
         self._seed(found)
         self._propagate()
         self._pair_states()
         self._propagate()
         looked = [
-            (node, self._outcomes[k]) for k, node in self._nodes.items() if k in self._outcomes
+            (node, self._outcomes[id(node)]) for node in self._nodes if id(node) in self._outcomes
         ]
         self.cuts = [cut for _, outcome in looked for cut in outcome.cuts]
         self.blocks = [block for _, outcome in looked for block in outcome.blocks]
         self.masked = [(node, k) for node, outcome in looked for k in outcome.masked]
         self.inexact = [node for node, outcome in looked if outcome.inexact]
-        self.blocks += self._blocked_outputs(resize_state)
+        self.blocks += [*self._blocked_places(), *self._blocked_outputs(resize_state)]
+
+    def _look_at(self, *nodes: ir.Node) -> None:
+        self._pending.update(self._places[id(node)] for node in nodes)
 
     def _propagate(self) -> None:
+        # In graph order, a node mostly sees the labels of all its inputs at once. What it assumes
+        # of an input without labels would tie more than is needed, if that gets labels later.
         while self._pending:
-            node = self._pending.pop()
+            place = min(self._pending)
+            self._pending.remove(place)
+            node = self._nodes[place]
             self._outcomes[id(node)] = _Outcome()
             rule = _RULES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
             if rule is None:
@@ -195,7 +203,7 @@ class Coupling:
             self.layers.append(UnitLayer(located.name, node, labels))
             for weight in layer.weights:  # what is stored once stays one
                 self.classes.join(first.setdefault(weight.name, labels), labels)
-            self._pending.append(node)
+            self._look_at(node)
 
     # States
 
@@ -219,7 +227,7 @@ class Coupling:
                     shape[labels.axis] = labels.array.shape[labels.axis]
                     array = self.classes.new(tuple(shape))
                     self._labels[id(value)] = (value, Labels(array, labels.axis))
-                    self._pending.extend(user for user, _ in value.uses())
+                    self._look_at(*(user for user, _ in value.uses()))
                     self.states.append(State(value, output))
                     del begins[id(value)]
                     break
@@ -229,7 +237,7 @@ class Coupling:
         return [cut for outcome in self._outcomes.values() for cut in outcome.cuts]
 
     def _inputs_of(self, value: ir.Value) -> list[ir.Value]:
-        """Returns the inputs of the main graph that a value is made from, but for recurrence."""
+        """Returns the inputs of the main graph whose elements a value is made of."""
         found: dict[ir.Value, None] = {}
         pending, seen = [value], set[int]()
         while pending:
@@ -243,7 +251,7 @@ class Coupling:
                     found[current] = None
             elif node is not None and node.op_type == "If":
                 pending += [branch.outputs[current.index() or 0] for branch in subgraphs(node)]
-            elif node is not None and not is_recurrent(node) and node.op_type != "Shape":
+            elif node is not None and node.op_type in rules.IN_PLACE:
                 pending += [v for v in node.inputs if v is not None]
         return list(found)
 
@@ -264,6 +272,20 @@ class Coupling:
             else:
                 pending += [v for v in node.inputs if v is not None]
         return found
+
+    def _blocked_places(self) -> Iterator[Block]:
+        """Says which units would take along what no unit reaches, from all that reads it."""
+        own = [layer.labels.reshape(-1) for layer in self.layers]
+        units = np.unique(self.classes.of(np.concatenate(own))) if own else np.zeros(0, np.int64)
+        for node in self._nodes:
+            for index, value in enumerate(node.inputs):
+                labels = self._fresh.get((id(node), index))
+                if labels is None or value is None or self.of(value) is not None:
+                    continue
+                held = labels[np.isin(self.classes.of(labels), units)]
+                if held.size and not self.layout.is_zero(value):
+                    said = f"{node.op_type} '{node.name or node.outputs[0].name}': "
+                    yield Block(held, f"{said}parts of '{value.name}' would go with them", "")
 
     def _blocked_outputs(self, resize_state: bool) -> list[Block]:
         """Says which units callers see; a state goes back to where it came from."""
@@ -359,10 +381,10 @@ class Coupling:
                 self.classes.join(known.array, array)
             return
         self._labels[id(value)] = (value, Labels(array, axis))
-        self._pending.extend(user for user, _ in value.uses())
+        self._look_at(*(user for user, _ in value.uses()))
         owner = None if value.graph is None else self.walker.owner(value.graph)
         if value.is_graph_output() and owner is not None:
-            self._pending.append(owner)
+            self._look_at(owner)
 
     def cut(self, node: ir.Node, index: int, array: IntArray, axis: int, role: Role) -> None:
         """Notes that an input of a node is to be cut."""
@@ -435,8 +457,12 @@ class Coupling:
         if value is not None and self.of(value) is None and self.constant(value) is not None:
             self.cut(node, other, array, axis, "reads")
             return
-        self._outcomes[id(node)].masked.append(index)
+        self.adds_up(node, index)
         self.operand(node, other, array, axis)
+
+    def adds_up(self, node: ir.Node, index: int) -> None:
+        """Notes that a node sums over units without constants that could be zero instead."""
+        self._outcomes[id(node)].masked.append(index)
 
     def normalises(self, node: ir.Node, what: str) -> bool:
         """Notes that a node normalises over units; tells whether it may."""
@@ -456,6 +482,17 @@ class Coupling:
         if key not in self._fresh:
             self._fresh[key] = self.classes.new((size,))
         return self._fresh[key]
+
+
+def _in_order(graph: ir.Graph) -> Iterator[ir.Node]:
+    """Yields all nodes, each after what it reads: an If after its branches."""
+    for node in graph:
+        if node.op_type != "If":
+            yield node
+        for inner in subgraphs(node):
+            yield from _in_order(inner)
+        if node.op_type == "If":
+            yield node
 
 
 _RULES: dict[str, Rule] = {**rules.RULES, **products.RULES, **control.RULES}

@@ -483,8 +483,7 @@ def concat(c: Coupling, node: ir.Node) -> None:
         arrays = _stacked(c, node, arrays, at)
     shape = list(np.broadcast_shapes(*([*a.shape[:at], 1, *a.shape[at + 1 :]] for a in arrays)))
     full = [np.broadcast_to(a, [*shape[:at], a.shape[at], *shape[at + 1 :]]) for a in arrays]
-    joint = full[0] if at != axis and full[0].shape[at] == 1 else np.concatenate(full, at)
-    c.give(node.outputs[0], joint, axis, node)
+    c.give(node.outputs[0], np.concatenate(full, at), axis, node)
 
 
 def _stacked(c: Coupling, node: ir.Node, arrays: list[IntArray], at: int) -> list[IntArray]:
@@ -579,7 +578,9 @@ def reduce(c: Coupling, node: ir.Node) -> None:
         keeps = node.attributes.get_int("noop_with_empty_axes", 0)
         axes = [] if keeps else list(range(array.ndim))
     if axis in axes:
-        if node.op_type in INEXACT:
+        if node.op_type == "ReduceSum":
+            c.adds_up(node, 0)
+        elif node.op_type in INEXACT:
             c.normalises(node, INEXACT[node.op_type])
         else:
             c.block(node, "it works along the units")
@@ -791,6 +792,14 @@ _REDUCTIONS = [
 ]
 _POOLS = ["AveragePool", "MaxPool", "LpPool", "GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool"]
 
+_MOVING = [
+    *("Transpose", "Squeeze", "Unsqueeze", "Reshape", "Flatten", "Slice", "Gather", "GatherND"),
+    *("GatherElements", "Split", "Concat", "Expand", "Tile", "Pad", "ReverseSequence"),
+]
+
+IN_PLACE = frozenset({*_SAME, *_ELEMENTWISE, *_MOVING})
+"""Operators whose output elements are made of one element of each input."""
+
 INEXACT = {
     "LayerNormalization": "it normalises",
     "Softmax": "it normalises",
@@ -799,7 +808,6 @@ INEXACT = {
     "ReduceMean": "it takes the mean",
     "ReduceMax": "it takes the largest",
     "ReduceMin": "it takes the smallest",
-    "ReduceSum": "it takes the sum",
     "ReduceSumSquare": "it takes the sum of squares",
     "ReduceL1": "it takes a norm",
     "ReduceL2": "it takes a norm",

@@ -1,7 +1,8 @@
-"""Criteria: what makes a weight worth keeping.
+"""Criteria: what makes a weight, or a hidden unit, worth keeping.
 
-A criterion is one file in this folder that calls :func:`register`. It sees a weight and a random
-generator, and returns a score for each element; the smallest scores are removed.
+A criterion is one file in this folder that calls :func:`register`. To score weights, it sees a
+weight and a random generator, and returns a score for each element; to score units, it sees what is
+known about them. The smallest scores are removed.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from rnnprune_cli.errors import UsageError, closest
-from rnnprune_cli.model import Array, Weight
+from rnnprune_cli.model import Array, UnitFigures, Weight
 
-Score = Callable[[Weight, np.random.Generator], Array]
+WeightScore = Callable[[Weight, np.random.Generator], Array]
+UnitScore = Callable[[UnitFigures, np.random.Generator], Array]
 
 
 @dataclass(frozen=True)
@@ -27,30 +29,32 @@ class Method:
         name: What ``--method`` takes.
         summary: One line for ``rnnprune methods``.
         paper: Where it comes from.
-        granularities: What it can score.
-        score: ``(weight, generator) → scores`` of the weight's shape, float32 or float64, ≥ 0.
+        weight: ``(weight, generator) → scores`` of the weight's shape, float32 or float64, ≥ 0.
+        unit: ``(figures, generator) → scores`` like :attr:`UnitFigures.outgoing`, ≥ 0; those of
+            units that go together are one.
+        needs_data: Whether it scores by what data make of the model.
     """
 
     name: str
     summary: str
     paper: str
-    granularities: tuple[str, ...]
-    score: Score
+    weight: WeightScore | None = None
+    unit: UnitScore | None = None
+    needs_data: bool = False
+
+    @property
+    def granularities(self) -> tuple[str, ...]:
+        """What it can score."""
+        scored = {"weight": self.weight, "unit": self.unit}
+        return tuple(name for name, score in scored.items() if score is not None)
 
 
 _REGISTRY: dict[str, Method] = {}
 
 
-def register(
-    name: str, summary: str, paper: str, granularities: tuple[str, ...] = ("weight",)
-) -> Callable[[Score], Score]:
-    """Registers a scoring function under a name; used as a decorator."""
-
-    def add(score: Score) -> Score:
-        _REGISTRY[name] = Method(name, summary, paper, granularities, score)
-        return score
-
-    return add
+def register(method: Method) -> None:
+    """Adds a criterion to those that :func:`methods` returns."""
+    _REGISTRY[method.name] = method
 
 
 def methods() -> dict[str, Method]:

@@ -1,21 +1,32 @@
-"""Magnitude: small weights matter least."""
+"""Magnitude: small weights matter least, and units that little is read from."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from rnnprune_cli.methods import register
-from rnnprune_cli.model import Array, Weight
+from rnnprune_cli.methods import Method, register
+from rnnprune_cli.model import Array, UnitFigures, Weight
 
 
-@register(
-    "magnitude",
-    "absolute value of each weight; needs no data",
-    "Han et al. 2015, Learning both Weights and Connections, arXiv:1506.02626",
-)
-def magnitude(weight: Weight, generator: np.random.Generator) -> Array:
+def weights(weight: Weight, generator: np.random.Generator) -> Array:
     """Scores ``|w|`` (Han et al. 2015, section 3.1; See et al. 2016 for recurrent models)."""
     values = weight.read()
     if values.dtype.itemsize < 4:
         values = values.astype(np.float32)
     return np.abs(values)
+
+
+def units(figures: UnitFigures, generator: np.random.Generator) -> Array:
+    """Scores the squared norm of all weights that multiply a unit (Li et al. 2017, section 3.1)."""
+    return figures.outgoing
+
+
+register(
+    Method(
+        "magnitude",
+        "absolute value of a weight; norm of the weights that read a unit; needs no data",
+        "Han et al. 2015, Learning both Weights and Connections, arXiv:1506.02626",
+        weights,
+        units,
+    )
+)

@@ -70,9 +70,12 @@ def inspect_document(model: LoadedModel, arguments: Mapping[str, Any]) -> dict[s
 
 
 def methods_document(
-    methods: Iterable[Method], scopes: Mapping[str, str], exports: Mapping[str, str]
+    methods: Iterable[Method],
+    granularities: Mapping[str, str],
+    scopes: Mapping[str, Mapping[str, str]],
+    exports: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Returns every method, scope and export form."""
+    """Returns every method, granularity, scope (by granularity) and export form."""
     return {
         **header(),
         "methods": [
@@ -81,10 +84,12 @@ def methods_document(
                 "summary": m.summary,
                 "paper": m.paper,
                 "granularities": list(m.granularities),
+                "needs_data": m.needs_data,
             }
             for m in methods
         ],
-        "scopes": dict(scopes),
+        "granularities": dict(granularities),
+        "scopes": {granularity: dict(known) for granularity, known in scopes.items()},
         "exports": dict(exports),
     }
 

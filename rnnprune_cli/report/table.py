@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -16,6 +16,7 @@ from rnnprune_cli.model import (
     LoadedModel,
     Measurement,
     RecurrentLayer,
+    Repair,
     Report,
     Skipped,
 )
@@ -33,6 +34,7 @@ def report_table(report: Report) -> RenderableType:
         ),
         _figures(report),
         _layers(report),
+        *([_repairs(report.repairs)] if report.repairs else []),
         _fidelity(report),
     ]
     if report.skipped:
@@ -110,6 +112,19 @@ def _layers(report: Report) -> Table:
             f"{row.sparsity:.4f}",
             "/".join(dict.fromkeys(row.stored)),
             row.blocked or (f"was {was}" if (was := _was(row.name, report.lifts)) else ""),
+        )
+    return table
+
+
+def _repairs(repairs: Sequence[Repair]) -> Table:
+    columns = ("what read removed units", "repaired on", "left unexplained", "")
+    table = _table(*columns, right=(1, 2))
+    for row in repairs:
+        table.add_row(
+            row.reader,
+            f"{_count(row.samples)} samples" if row.samples else "not repaired",
+            "" if row.unexplained is None else f"{100 * row.unexplained:.1f} %",
+            row.problem or "",
         )
     return table
 
@@ -196,19 +211,26 @@ def zeros(layer: RecurrentLayer) -> float:
 
 
 def methods_table(
-    methods: Iterable[Method], scopes: Iterable[tuple[str, str]], exports: Iterable[tuple[str, str]]
+    methods: Iterable[Method],
+    granularities: Mapping[str, str],
+    scopes: Mapping[str, Mapping[str, str]],
+    exports: Mapping[str, str],
 ) -> RenderableType:
-    """Returns every method, scope and export form."""
+    """Returns every method, granularity, scope and export form."""
     criteria = _table("--method", "--granularity", "what it scores", "paper")
     for m in methods:
         criteria.add_row(m.name, ", ".join(m.granularities), m.summary, m.paper)
-    competition = _table("--scope", "within what the scores compete")
-    for name, summary in scopes:
-        competition.add_row(name, summary)
+    together = _table("--granularity", "what is removed together")
+    for name, summary in granularities.items():
+        together.add_row(name, summary)
+    competition = _table("--granularity", "--scope", "within what the scores compete")
+    for granularity, known in scopes.items():
+        for name, summary in known.items():
+            competition.add_row(granularity, name, summary)
     forms = _table("--export", "how pruned weights are stored")
-    for name, summary in exports:
+    for name, summary in exports.items():
         forms.add_row(name, summary)
-    return Group(criteria, Text(), competition, Text(), forms)
+    return Group(criteria, Text(), together, Text(), competition, Text(), forms)
 
 
 def _warnings(warnings: Sequence[str]) -> list[RenderableType]:

@@ -19,7 +19,7 @@ from rnnprune_cli.coupling.classes import IntArray
 from rnnprune_cli.coupling.rules import split_sizes
 from rnnprune_cli.graph import input_of
 from rnnprune_cli.layout import MAX_INT32, ONE
-from rnnprune_cli.model import GATES, Array, BoolArray
+from rnnprune_cli.model import GATES, Array, BoolArray, compress
 from rnnprune_cli.rewrite.build import value_names
 from rnnprune_cli.rewrite.edit import Editor
 
@@ -95,11 +95,14 @@ class _Rewriter:
             self.weights[id(node), 3] = bias.copy()
             self.weights[id(node), 3][:, part] += offset
             return
-        at = 2 if node.op_type in ("Conv", "ConvTranspose") else None
-        if at is not None:
-            old = self.c.constant(input_of(node, at))
-            self.weights[id(node), at] = offset if old is None else old + offset
-            return
+        old = self.c.constant(input_of(node, 2))
+        if node.op_type == "Conv" or (node.op_type == "Gemm" and old is not None):
+            scale = node.attributes.get_float("beta", 1.0) or 0.0
+            if node.op_type == "Conv" or scale != 0:
+                old = self.weights.get((id(node), 2), old)
+                offset = offset / offset.dtype.type(scale)
+                self.weights[id(node), 2] = offset if old is None else old + offset
+                return
         users = node.outputs[0].uses()
         if len(users) == 1 and not node.outputs[0].is_graph_output():
             user, position = next(iter(users))
@@ -398,6 +401,7 @@ def shrink(coupling: Coupling, removed: BoolArray, folds: Folds, resize_state: b
             new = r.select(r.last(cut.graph), cut.value, cut.labels)
             if new is not cut.value:
                 r.rename(cut.graph, cut.index, new)
+                _resize(new, cut.labels, r)
         else:
             cuts[id(cut.node), cut.index].append(cut)
     offsets = [(node, _cut_offset(r, node, offset)) for node, offset in r.added]
@@ -469,25 +473,6 @@ def _cut_input(r: _Rewriter, cuts: list[Cut], weight: Array | None) -> None:
         array = compress(array, r.keep(cut.labels.array), cut.labels.axis)
     if array is not before or weight is not None:
         r.put(node, index, array)
-
-
-def compress(array: Array, keep: BoolArray, axis: int) -> Array:
-    """Returns the places of an array that stay.
-
-    Args:
-        array: Any array.
-        keep: Broadcastable to it, or with axes in front that it has not yet; as many are True
-            along ``axis`` at every place.
-        axis: Of ``keep``, the one that becomes shorter.
-    """
-    if keep.all():
-        return array
-    wide = array.reshape((1,) * (keep.ndim - array.ndim) + array.shape)
-    wide = np.broadcast_to(wide, np.broadcast_shapes(wide.shape, keep.shape))
-    mask = np.moveaxis(np.broadcast_to(keep, wide.shape), axis, -1)
-    moved = np.moveaxis(wide, axis, -1)
-    left = moved[mask].reshape(*moved.shape[:-1], -1)
-    return np.moveaxis(left, -1, axis)
 
 
 def _cut_offset(r: _Rewriter, node: ir.Node, offset: Array) -> Array:

@@ -1,0 +1,152 @@
+"""What flows through a model on real data: inner values as outputs, batch after batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from rnnprune_cli.data import Dataset
+from rnnprune_cli.errors import RnnpruneError
+from rnnprune_cli.graph import Walker, subgraphs
+from rnnprune_cli.model import Array, Runner
+from rnnprune_cli.rewrite.edit import Editor
+
+BATCH_SAMPLES = 32
+"""Samples that run at once: what they make is in memory at one time."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What a model made of some samples.
+
+    Attributes:
+        values: Output name → array.
+        padded: None if every step counts; else (padded length, valid steps) of the one sample.
+    """
+
+    values: Mapping[str, Array]
+    padded: tuple[int, int] | None = None
+
+    def valid(self, array: Array, units: Sequence[int] = ()) -> Array:
+        """Drops padded steps: along the only axis that is as long as padded sequences are.
+
+        Args:
+            array: One of the values.
+            units: Axes that hold no steps.
+        """
+        if self.padded is None:
+            return array
+        length, steps = self.padded
+        axes = [k for k, n in enumerate(array.shape) if n == length and k not in units]
+        return array.take(range(steps), axes[0]) if len(axes) == 1 else array
+
+
+def expose(model: ir.Model, values: Sequence[ir.Value]) -> dict[int, str]:
+    """Makes inner values outputs of a model.
+
+    A value in a branch of an If comes out empty whenever the other branch is taken.
+
+    Args:
+        model: A model without functions, changed in place.
+        values: Values of it.
+
+    Returns:
+        ``id`` of value → name of the new output; values in loops are not in it.
+    """
+    walker, editor = Walker(model), Editor(model, "rp")
+    names: dict[int, str] = {}
+    for value in values:
+        if id(value) in names:
+            continue
+        value.name = value.name or editor.unique("rp/value")  # an output that nothing reads
+        outer: ir.Value | None = value
+        graph = value.graph
+        while outer is not None and isinstance(graph, ir.Graph) and graph is not model.graph:
+            owner = walker.owner(graph)
+            outer = None if owner is None else _out_of_branch(outer, graph, owner, editor)
+            graph = None if owner is None else owner.graph
+        if outer is None:
+            continue
+        last = next(iter(reversed(list(model.graph))))
+        copy = editor.one(last, "Identity", [outer])
+        copy.type, copy.shape = value.type or ir.TensorType(ir.DataType.FLOAT), None
+        model.graph.outputs.append(copy)
+        names[id(value)] = copy.name or ""
+    for graph in (model.graph, *model.graph.subgraphs()):
+        graph.sort()
+    return names
+
+
+def _out_of_branch(
+    value: ir.Value, graph: ir.Graph, owner: ir.Node, editor: Editor
+) -> ir.Value | None:
+    if owner.op_type != "If":
+        return None
+    dtype = value.type or ir.TensorType(ir.DataType.FLOAT)
+    for branch in subgraphs(owner):
+        last = next(iter(reversed(list(branch))))
+        if branch is graph:
+            given = editor.one(last, "Identity", [value])
+        else:
+            empty = ir.tensor(np.zeros(0, dtype.dtype.numpy()))
+            given = editor.one(last, "Constant", [], value=empty)
+        given.type = dtype
+        branch.outputs.append(given)
+    owner.resize_outputs(len(owner.outputs) + 1)
+    made = owner.outputs[-1]
+    made.name, made.type = editor.unique("rp/branch"), dtype
+    return made
+
+
+def run_batches(
+    runner: Runner, names: Sequence[str], data: Dataset, states: Mapping[str, str]
+) -> Iterator[Batch]:
+    """Runs a model on a data set.
+
+    Samples of one length run together, without their padding. A model that insists on the padded
+    length runs one sample at a time. States that are zero in all samples are handed back from one
+    sample to the next.
+
+    Args:
+        runner: The model.
+        names: The outputs to return.
+        data: Samples.
+        states: Input → output that hold the same state.
+    """
+    own = [o.name for o in runner.outputs]
+    places = {name: own.index(name) for name in names}
+    lengths = data.lengths
+    handed = {
+        given: own.index(taken)
+        for given, taken in states.items()
+        if data.count > 1 and given in data.inputs and not data.inputs[given].any()
+    }
+    if lengths is None:
+        last: list[Array] = []
+        for start, stop in data.batches(1 if handed else BATCH_SAMPLES):
+            feed = data.feed(start, stop)
+            if last:
+                feed.update({name: last[place] for name, place in handed.items()})
+            last = runner.run(feed)
+            yield Batch({name: last[place] for name, place in places.items()})
+        return
+    longest = max(
+        (a.shape[1] for n, a in data.inputs.items() if n in data.per_sample and a.ndim > 1),
+        default=0,
+    )
+    for length in np.unique(lengths):
+        chosen = np.flatnonzero(lengths == length)
+        for start in range(0, len(chosen), BATCH_SAMPLES):
+            some = chosen[start : start + BATCH_SAMPLES]
+            try:
+                results = runner.run(data.take(some, int(length)))
+            except RnnpruneError:
+                for sample in some:
+                    results = runner.run(data.feed(int(sample), int(sample) + 1))
+                    values = {name: results[place] for name, place in places.items()}
+                    yield Batch(values, (longest, int(length)))
+            else:
+                yield Batch({name: results[place] for name, place in places.items()})

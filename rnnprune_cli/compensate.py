@@ -1,0 +1,416 @@
+"""Least-squares repair: what reads a removed unit learns to do with the units that stay.
+
+The input of a reader is ``v``; its removed part is predicted from the kept part,
+``v_removed ≈ M · v_kept + c``, by least squares over real data, and folded into the reader: the
+columns of its weights for kept units gain those for removed ones times M, its bias gains them times
+c. The same idea for feed-forward networks: Mariet & Sra 2016, Diversity Networks, arXiv:1511.05077,
+section 3.2; for channels of convolutions: He et al. 2017, arXiv:1707.06168.
+
+Every reader is repaired on its own input, whatever lies between it and the units: R on the hidden
+states before each step, the next layer's W on what it reads. Where the reset gate of a GRU comes
+before the product (``linear_before_reset = 0``), R's rows for the new state read gated states and
+are repaired on these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from rnnprune_cli.calibrate import Batch
+from rnnprune_cli.coupling import Coupling, Cut, Labels
+from rnnprune_cli.graph import input_of
+from rnnprune_cli.model import GATES, Array, BoolArray, Repair
+from rnnprune_cli.rewrite.units import Fold
+
+RIDGE = 1e-4
+"""Added to the diagonal, times the mean variance of the kept units."""
+MAX_FEATURES = 4096
+"""Of one reader: the normal equations take the square of it."""
+
+
+@dataclass(eq=False)
+class Moments:
+    """Sums over samples of ``v`` and ``v vᵀ``, for several rows of units.
+
+    Attributes:
+        count: Number of samples.
+        first: float64 ``[rows, n]``.
+        second: float64 ``[rows, n, n]``.
+    """
+
+    first: Array
+    second: Array
+    count: int = 0
+
+    @staticmethod
+    def empty(rows: int, n: int) -> Moments:
+        """Returns the moments of no samples."""
+        return Moments(np.zeros((rows, n)), np.zeros((rows, n, n)))
+
+    def add(self, samples: Array) -> None:
+        """Adds samples ``[rows, samples, n]``."""
+        values = samples.astype(np.float64)
+        self.count += values.shape[1]
+        self.first += values.sum(axis=1)
+        self.second += values.transpose(0, 2, 1) @ values
+
+    def covariance(self) -> Array:
+        """Returns ``[rows, n, n]``."""
+        mean = self.first / max(self.count, 1)
+        found: Array = self.second / max(self.count, 1) - mean[:, :, None] * mean[:, None, :]
+        return found
+
+    def predict(self, row: int, keep: BoolArray) -> tuple[Array, Array, float]:
+        """Predicts the removed part from the kept part.
+
+        Args:
+            row: Which row of units.
+            keep: bool ``[n]``.
+
+        Returns:
+            M ``[removed, kept]``, c ``[removed]``, and the share of the removed part's variance
+            that stays unexplained.
+        """
+        mean = self.first[row] / max(self.count, 1)
+        covariance = self.covariance()[row]
+        kept, gone = np.flatnonzero(keep), np.flatnonzero(~keep)
+        inner = covariance[np.ix_(kept, kept)]
+        across = covariance[np.ix_(gone, kept)]
+        ridge = RIDGE * max(float(np.trace(inner)) / max(len(kept), 1), 1e-12)
+        matrix = np.linalg.solve(inner + ridge * np.eye(len(kept)), across.T).T
+        total = float(np.trace(covariance[np.ix_(gone, gone)]))
+        explained = 2 * float((matrix * across).sum()) - float((matrix @ inner * matrix).sum())
+        share = 1 - explained / total if total > 0 else 0.0
+        return matrix, mean[gone] - matrix @ mean[kept], min(max(share, 0.0), 1.0)
+
+
+@dataclass(eq=False)
+class Reading:
+    """One reader of units, and what it reads.
+
+    Attributes:
+        number: Of the cut in :attr:`Coupling.cuts`.
+        cut: The cut.
+        extra: What else must be known, for R: the layer's X and initial state.
+        weights: For a GRU with ``linear_before_reset = 0``: W, R, B.
+        source: What it reads; for R the layer's Y.
+        labels: Of the source.
+        moments: Of what it reads, ``rows`` as its weight tells them apart.
+        gated: For a GRU with ``linear_before_reset = 0``: of the states times the reset gate.
+        problem: Why it cannot be repaired.
+    """
+
+    number: int
+    cut: Cut
+    source: ir.Value | None
+    labels: Labels | None
+    moments: Moments | None = None
+    gated: Moments | None = None
+    problem: str | None = None
+    extra: list[ir.Value] = field(default_factory=list)
+    weights: tuple[Array | None, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What a report calls it."""
+        node = self.cut.node
+        role = {1: " W", 2: " R"}.get(self.cut.index, "") if node.op_type in GATES else ""
+        return f"{node.op_type} '{node.name or node.outputs[0].name}'{role}"
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Tells whether it is a layer's R."""
+        return self.cut.node.op_type in GATES and self.cut.index == 2
+
+
+def readings(coupling: Coupling) -> list[Reading]:
+    """Returns every reader of units with constant weights, and the values to watch for it."""
+    found = []
+    for number, cut in enumerate(coupling.cuts):
+        if cut.role != "reads" or cut.graph is not None:
+            continue
+        node = cut.node
+        if node.op_type in GATES:
+            source = node.outputs[0] if cut.index == 2 else node.inputs[0]
+        elif node.op_type in ("Conv", "ConvTranspose"):
+            source = node.inputs[0]
+        else:
+            source = (
+                node.inputs[1 - cut.index]
+                if len(node.inputs) == 2 or (node.op_type == "Gemm" and cut.index < 2)
+                else None
+            )
+        labels = coupling.of(source)
+        reading = Reading(number, cut, source, labels)
+        if labels is None or source is None:
+            reading.problem = "what it reads is not known"
+        elif _features(cut.labels)[1] > MAX_FEATURES:
+            reading.problem = f"it reads more than {MAX_FEATURES} units at once"
+        elif node.op_type in ("Einsum", "ConvTranspose"):
+            reading.problem = "it is not known how to add a bias to it"
+        if reading.is_recurrent:
+            if _gates_first(node):
+                reading.weights = tuple(coupling.constant(input_of(node, k)) for k in (1, 2, 3))
+            for index in (0, 5):
+                value = input_of(node, index)
+                if value is not None:
+                    reading.extra.append(value)
+        found.append(reading)
+    return found
+
+
+def _features(labels: Labels) -> tuple[int, int]:
+    """Returns (rows, units in each) of labels."""
+    n = labels.array.shape[labels.axis]
+    return labels.array.size // n, n
+
+
+def _samples(array: Array, labels: Labels, wanted: Labels) -> Array:
+    """Lays a value out as ``[rows, samples, units]``.
+
+    Rows are the axes along which the reader's weight tells units apart; along others, what differs
+    in units is just more samples.
+    """
+    rows, n = _features(wanted)
+    apart = [k for k in range(labels.array.ndim) if k != labels.axis and labels.array.shape[k] > 1]
+    if rows == 1 or [labels.array.shape[k] for k in apart] != [
+        wanted.array.shape[k]
+        for k in range(wanted.array.ndim)
+        if k != wanted.axis and wanted.array.shape[k] > 1
+    ]:
+        apart = []
+    rest = [k for k in range(array.ndim) if k not in apart and k != labels.axis]
+    turned: Array = array.transpose([*apart, *rest, labels.axis])
+    return turned.reshape(rows if apart else 1, -1, n)
+
+
+def watch(found: list[Reading], names: Mapping[int, str], batches: Iterator[Batch]) -> None:
+    """Adds up the moments of what every reader reads.
+
+    Args:
+        found: The readers; they are given their moments, or a problem.
+        names: ``id`` of value → output of the running model.
+        batches: What the model makes of real data.
+    """
+    for reading in found:
+        if reading.problem is None and reading.source is not None:
+            if id(reading.source) not in names:
+                reading.problem = "it is in a loop"
+            else:
+                reading.moments = Moments.empty(*_features(reading.cut.labels))
+                if reading.is_recurrent and _gates_first(reading.cut.node):
+                    reading.gated = Moments.empty(*_features(reading.cut.labels))
+    shared: dict[tuple[int, tuple[int, int]], Moments] = {}
+    for batch in batches:
+        done: set[int] = set()
+        for reading in found:
+            if reading.moments is None or reading.source is None or reading.labels is None:
+                continue
+            array = batch.values[names[id(reading.source)]]
+            if array.size == 0:
+                continue  # the other branch was taken
+            if reading.is_recurrent:
+                _watch_states(reading, batch, array, names)
+                continue
+            key = (id(reading.source), _features(reading.cut.labels))
+            reading.moments = shared.setdefault(key, reading.moments)
+            if id(reading.moments) in done:
+                continue
+            done.add(id(reading.moments))
+            array = batch.valid(array, [reading.labels.axis])
+            reading.moments.add(_samples(array, reading.labels, reading.cut.labels))
+    for reading in found:
+        if reading.moments is not None and reading.moments.count == 0:
+            reading.problem = "the data never reach it"
+
+
+def _watch_states(reading: Reading, batch: Batch, y: Array, names: Mapping[int, str]) -> None:
+    """Adds the hidden states that a layer's R reads: all of them, and the first."""
+    node = reading.cut.node
+    directions, n = _features(reading.cut.labels)
+    first = node.attributes.get_int("layout", 0) == 1
+    if first:
+        y = y.transpose(1, 2, 0, 3)
+    y = batch.valid(y, [1, 2, 3])
+    initial = input_of(node, 5)
+    start = None if initial is None else batch.values.get(names.get(id(initial), ""))
+    if start is None or start.size == 0:
+        start = np.zeros((directions, y.shape[2], n), y.dtype)
+    elif first:
+        start = start.transpose(1, 0, 2)
+    assert reading.moments is not None
+    states = y.transpose(1, 0, 2, 3).reshape(directions, -1, n)
+    reading.moments.add(np.concatenate([start, states], axis=1))
+    if reading.gated is None:
+        return
+    value = input_of(node, 0)
+    x = None if value is None else batch.values.get(names.get(id(value), ""))
+    if x is None:
+        return
+    x = batch.valid(x.transpose(1, 0, 2) if first else x, [1, 2])
+    before = _before(node, y, start)
+    gate = _reset_gate(node, x, before, reading)
+    if gate is not None:
+        reading.gated.add((gate * before).reshape(directions, -1, n))
+
+
+def _before(node: ir.Node, y: Array, start: Array) -> Array:
+    """Returns the states before each step, ``[directions, steps, batch, units]``."""
+    directions = y.shape[1]
+    backward = node.attributes.get_string("direction", "forward") == "reverse"
+    parts = []
+    for d in range(directions):
+        own, begin = y[:, d], start[d][None]
+        turned = backward or d == 1
+        parts.append(np.concatenate([own[1:], begin] if turned else [begin, own[:-1]]))
+    return np.stack(parts)
+
+
+def _gates_first(node: ir.Node) -> bool:
+    return node.op_type == "GRU" and not node.attributes.get_int("linear_before_reset", 0)
+
+
+_FUNCTIONS: dict[str, Callable[[Array], Array]] = {
+    "Sigmoid": lambda a: 1 / (1 + np.exp(-a)),
+    "HardSigmoid": lambda a: np.clip(0.2 * a + 0.5, 0, 1),
+    "Tanh": np.tanh,
+    "Relu": lambda a: np.maximum(a, 0),
+}
+
+
+def _reset_gate(node: ir.Node, x: Array, before: Array, reading: Reading) -> Array | None:
+    """Returns a GRU's reset gate ``[directions, steps, batch, units]`` (ONNX GRU: r_t)."""
+    w, r, b = reading.weights
+    assert w is not None and r is not None
+    n = r.shape[2]
+    gates = slice(n, 2 * n)
+    names = list(node.attributes.get_strings("activations", ()) or ())
+    parts = []
+    for d in range(len(r)):
+        function = _FUNCTIONS.get(names[2 * d] if names else "Sigmoid")
+        if function is None or (names and node.attributes.get("activation_alpha") is not None):
+            return None
+        total = x.astype(np.float64) @ w[d, gates].T + before[d] @ r[d, gates].T
+        if b is not None:
+            total += b[d, gates] + b[d, 4 * n : 5 * n]
+        parts.append(function(total))
+    return np.stack(parts)
+
+
+def variances(coupling: Coupling, found: Sequence[Reading]) -> Array:
+    """Returns how much each unit varies on the data.
+
+    Returns:
+        float64, one for each label, the mean over its class; 1 where it is not known.
+    """
+    root = coupling.classes.of(np.arange(len(coupling.classes)))
+    sums, counts = np.zeros(len(root)), np.zeros(len(root))
+    nodes = {id(layer.node): layer for layer in coupling.layers}
+    for reading in found:
+        layer = nodes.get(id(reading.cut.node))
+        if layer is None or not reading.is_recurrent or reading.moments is None:
+            continue
+        if reading.problem is None:
+            own = np.einsum("dhh->dh", reading.moments.covariance())
+            np.add.at(sums, root[layer.labels], own)
+            np.add.at(counts, root[layer.labels], 1)
+    known: Array = np.where(counts > 0, sums / np.maximum(counts, 1), 1.0)[root]
+    return known
+
+
+def repair(
+    coupling: Coupling, found: Sequence[Reading], removed: BoolArray
+) -> tuple[dict[int, Fold], list[Repair]]:
+    """Works out the repairs.
+
+    Args:
+        coupling: Of the model.
+        found: The readers with their moments.
+        removed: bool, one for each label: True where its class is removed.
+
+    Returns:
+        Number of the cut → repair, and what the report says of each reader of removed units.
+    """
+    folds: dict[int, Fold] = {}
+    report: list[Repair] = []
+    for reading in found:
+        keep = ~removed[coupling.classes.of(reading.cut.labels.array)]
+        if keep.all():
+            continue
+        if reading.problem is not None or reading.moments is None:
+            report.append(Repair(reading.name, 0, None, reading.problem))
+            continue
+        weight = coupling.constant(reading.cut.value)
+        assert weight is not None
+        fold, unexplained, problem = _folded(reading, weight, keep)
+        folds[reading.number] = fold
+        report.append(Repair(reading.name, reading.moments.count, unexplained, problem))
+    for node, index in coupling.masked:
+        labels = coupling.of(node.inputs[index])
+        if labels is not None and removed[coupling.classes.of(labels.array)].any():
+            name = f"{node.op_type} '{node.name or node.outputs[0].name}'"
+            report.append(Repair(name, 0, None, "both factors are computed at run time"))
+    return folds, report
+
+
+def _folded(reading: Reading, weight: Array, keep: BoolArray) -> tuple[Fold, float, str | None]:
+    """Returns a reader's repair, the unexplained share (mean over rows), and what is left out."""
+    axis, labels = reading.cut.labels.axis, reading.cut.labels
+    assert reading.moments is not None
+    moved = np.moveaxis(weight.astype(np.float64), axis, -1).copy()
+    offset = np.zeros(moved.shape[:-1])
+    apart = [k for k in range(keep.ndim) if k != axis and keep.shape[k] > 1]
+    if not apart and labels.array.size != labels.array.shape[axis]:
+        apart = [k for k in range(keep.ndim) if k != axis and labels.array.shape[k] > 1]
+    # After the unit axis went to the end, axes behind it are one further in front.
+    places = [k - (k > axis) for k in apart]
+    rows = np.moveaxis(keep, axis, -1).reshape(-1, keep.shape[axis])
+    unexplained, problem = [], None
+    for number, row in enumerate(rows):
+        where: list[slice | int] = [slice(None)] * (moved.ndim - 1)
+        for place, index in zip(
+            places, np.unravel_index(number, [keep.shape[k] for k in apart]), strict=True
+        ):
+            where[place] = int(index)
+        part, added = moved[tuple(where)], offset[tuple(where)]
+        matrix, constant, share = reading.moments.predict(number, row)
+        unexplained.append(share)
+        inner, gone = part[..., row], part[..., ~row]
+        inner = inner + gone @ matrix
+        extra = gone @ constant
+        if reading.gated is not None:
+            # The rows of the new state read what the reset gate lets through.
+            start = 2 * part.shape[-2] // 3
+            inner[..., start:, :], extra[..., start:] = part[..., start:, row], 0
+            if reading.gated.count:
+                matrix, constant, _ = reading.gated.predict(number, row)
+                inner[..., start:, :] += gone[..., start:, :] @ matrix
+                extra[..., start:] = gone[..., start:, :] @ constant
+            else:
+                problem = "the new state is not repaired: its reset gate has another activation"
+        part[..., row] = inner
+        added[...] = extra
+    new = np.moveaxis(moved, -1, axis).astype(weight.dtype)
+    return Fold(new, _shaped(reading.cut, offset, weight)), float(np.mean(unexplained)), problem
+
+
+def _shaped(cut: Cut, offset: Array, weight: Array) -> Array:
+    """Lays an offset out as the reader's output wants it."""
+    node, axis = cut.node, cut.labels.axis
+    if node.op_type == "Conv":
+        offset = offset.reshape(len(offset), -1).sum(axis=1)
+    elif node.op_type == "Gemm":
+        offset = offset * (node.attributes.get_float("alpha", 1.0) or 0.0)
+        offset = offset[:, None] if cut.index == 0 else offset
+    elif node.op_type == "MatMul" and weight.ndim > 1:
+        if cut.index == 1:
+            offset = np.expand_dims(offset, axis)
+            while offset.ndim > 1 and offset.shape[0] == 1:
+                offset = offset[0]
+        elif cut.labels.array.ndim > 1:
+            offset = np.expand_dims(offset, axis)
+    return offset.astype(weight.dtype)
