@@ -22,6 +22,7 @@ import onnx_ir as ir
 
 from rnnprune_cli.calibrate import Batch
 from rnnprune_cli.coupling import Coupling, Cut, Labels
+from rnnprune_cli.coupling.products import einsum_terms
 from rnnprune_cli.graph import input_of
 from rnnprune_cli.model import GATES, Array, BoolArray, Repair
 from rnnprune_cli.rewrite.units import Fold
@@ -150,8 +151,8 @@ def readings(coupling: Coupling) -> list[Reading]:
             reading.problem = "what it reads is not known"
         elif _features(cut.labels)[1] > MAX_FEATURES:
             reading.problem = f"it reads more than {MAX_FEATURES} units at once"
-        elif node.op_type in ("Einsum", "ConvTranspose"):
-            reading.problem = "it is not known how to add a bias to it"
+        elif node.op_type == "ConvTranspose":
+            reading.problem = "what a constant adds to its output differs by place"
         if reading.is_recurrent:
             if _gates_first(node):
                 reading.weights = tuple(coupling.constant(input_of(node, k)) for k in (1, 2, 3))
@@ -406,6 +407,12 @@ def _shaped(cut: Cut, offset: Array, weight: Array) -> Array:
     elif node.op_type == "Gemm":
         offset = offset * (node.attributes.get_float("alpha", 1.0) or 0.0)
         offset = offset[:, None] if cut.index == 0 else offset
+    elif node.op_type == "Einsum":
+        terms, result = einsum_terms(node)
+        own = terms[cut.index].replace(terms[cut.index][axis], "")
+        offset = offset.transpose([own.index(x) for x in result if x in own])
+        sizes = dict(zip(own, np.delete(weight.shape, axis), strict=True))
+        offset = offset.reshape([sizes.get(x, 1) for x in result])
     elif node.op_type == "MatMul" and weight.ndim > 1:
         if cut.index == 1:
             offset = np.expand_dims(offset, axis)

@@ -126,7 +126,7 @@ class Layout:
         """Returns the axes of a Squeeze, Unsqueeze or reduction, not negative."""
         axes: list[int] | None = list(node.attributes.get_ints("axes", ())) or None
         if axes is None and len(node.inputs) > 1:
-            axes = self.constant_ints(node.inputs[1])
+            axes = self.constant_ints(node.inputs[1]) or None
         if axes is None or ndim is None:
             return None
         return [int(a) % ndim for a in axes]
@@ -209,6 +209,10 @@ class Layout:
                 target = node.inputs[len(node.inputs) - 1]
                 sizes = None if target is None else self.integers(target)
                 if sizes is not None and len(sizes) == ndim and dict(sizes[axis]) != {ONE: 1}:
+                    return sizes[axis]
+            if node.op_type == "Reshape" and node.inputs[1] is not None:
+                sizes = self.integers(node.inputs[1])
+                if sizes is not None and len(sizes) == ndim and sizes[axis] not in ({}, {ONE: -1}):
                     return sizes[axis]
             if node.op_type == "Range":
                 given = [None if v is None else self.integers(v) for v in node.inputs]

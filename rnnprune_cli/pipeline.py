@@ -756,7 +756,7 @@ def _layer_rows(
                 weights_before=old.macs_per_step,
                 weights_after=size,
                 nonzero_after=left,
-                sparsity=1 - left / max(size, 1),
+                sparsity=1 - left / old.macs_per_step,
                 stored=tuple(saved.exports.get(w.name, "dense") for w in weights),
                 blocked=blocked.get(old.name),
             )

@@ -190,6 +190,14 @@ def _hand_on(before: ir.Value, outer: ir.Value | None) -> None:
         before.shape = ir.Shape([*before.shape[:-1], outer.shape[-1]])
 
 
+def _steps(node: ir.Node, states: int) -> int | None:
+    """Returns how many steps a Scan takes, if that is a fixed number."""
+    scanned = node.inputs[states]
+    axes = list(node.attributes.get_ints("scan_input_axes", ()))
+    size = None if scanned is None or not scanned.shape else scanned.shape[axes[0] if axes else 0]
+    return size if isinstance(size, int) else None
+
+
 def _leave(node: ir.Node, bodies: list[ir.Graph]) -> None:
     """Gives a node's outputs what is known from inside."""
     if node.op_type == "If":
@@ -210,10 +218,17 @@ def _leave(node: ir.Node, bodies: list[ir.Graph]) -> None:
     skip = 1 if node.op_type == "Loop" else 0
     scanned = node.attributes.get_int("num_scan_inputs", 0) or 0
     states = len(node.inputs) - (2 if skip else scanned)
+    axes = list(node.attributes.get_ints("scan_output_axes", ()))
+    steps = None if skip else _steps(node, states)
     for k, (value, result) in enumerate(
         zip(node.outputs, list(bodies[0].outputs)[skip:], strict=False)
     ):
         value.type = value.type or result.type
         if _is_vague(value) and result.shape is not None:
-            stacked = [] if k < states else [None]
-            value.shape = ir.Shape([*stacked, *result.shape])
+            sizes = list(result.shape)
+            if k >= states:
+                axis = axes[k - states] if axes else 0
+                axis += len(sizes) + 1 if axis < 0 else 0
+                value.shape = ir.Shape([*sizes[:axis], steps, *sizes[axis:]])
+            else:
+                value.shape = ir.Shape(sizes)

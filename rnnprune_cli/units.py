@@ -45,48 +45,59 @@ class _Group:
     """Layers whose units must be chosen together.
 
     Attributes:
-        rows: Classes at the places of each unit axis that must lose its share.
+        rows: Classes at the places of each unit axis that must keep one at least.
+        shared: For each row, whether it loses a share of its places at most.
         equal: Numbers of rows that must lose equally many.
         classes: What may go, lowest score first.
+        units: How many units each of them has.
         scores: Of each of them, ≥ 0.
         total: All scores of the group, of what may not go too.
     """
 
     rows: list[IntArray]
+    shared: list[bool]
     equal: list[list[int]]
     classes: IntArray
+    units: IntArray
     scores: Array
     total: float
 
     @property
     def longest(self) -> int:
-        """The most units that a row has."""
-        return max(len(row) for row in self.rows)
+        """The most places that a row that loses a share has."""
+        own = zip(self.rows, self.shared, strict=True)
+        return max(len(row) for row, shared in own if shared)
 
-    def remove(self, share: float) -> tuple[set[int], float]:
-        """Returns the classes that go if every row loses a share, and the sum of their scores.
+    def remove(self, share: float) -> tuple[set[int], float, int]:
+        """Returns the classes that go if rows lose a share, their scores, and their units.
 
         From the lowest score on, a class goes if all its rows can lose more. If rows that must
         lose equally many do not, all of them lose as many as the one that lost least.
         """
-        left = [min(int(np.rint(len(row) * share)), len(row) - 1) for row in self.rows]
+        left = [
+            min(int(np.rint(len(row) * share)) if shared else len(row), len(row) - 1)
+            for row, shared in zip(self.rows, self.shared, strict=True)
+        ]
         places: dict[int, list[tuple[int, int]]] = defaultdict(list)
         for number, own in enumerate(self.rows):
             present, counts = np.unique(own, return_counts=True)
             for each, count in zip(present.tolist(), counts.tolist(), strict=True):
                 places[each].append((number, count))
         while True:
-            budget, gone, cost = list(left), set[int](), 0.0
-            for group, score in zip(self.classes.tolist(), self.scores.tolist(), strict=True):
-                if all(budget[row] >= count for row, count in places[group]):
-                    for row, count in places[group]:
-                        budget[row] -= count
+            budget, gone, cost, units = list(left), set[int](), 0.0, 0
+            for group, score, count in zip(
+                self.classes.tolist(), self.scores.tolist(), self.units.tolist(), strict=True
+            ):
+                if all(budget[row] >= times for row, times in places[group]):
+                    for row, times in places[group]:
+                        budget[row] -= times
                     gone.add(group)
                     cost += score
+                    units += count
             lost = [allowed - rest for allowed, rest in zip(left, budget, strict=True)]
             uneven = [rows for rows in self.equal if len({lost[row] for row in rows}) > 1]
             if not uneven:
-                return gone, cost
+                return gone, cost, units
             for rows in uneven:
                 least = min(lost[row] for row in rows)
                 for row in rows:
@@ -164,17 +175,22 @@ def _groups(coupling: Coupling, root: IntArray, allowed: BoolArray, scores: Arra
     for layer in coupling.layers:
         equal.append(list(range(start, start + len(layer.labels))))
         start += len(layer.labels)
+    units = len(rows)
     known = {row.tobytes(): number for number, row in enumerate(rows)}
+    by_class = {each: set(row.tolist()) for row in rows for each in row.tolist()}
     for labels in coupling.every():
         array = root[np.moveaxis(labels.array, labels.axis, -1)]
         several = np.unique(array.reshape(-1, array.shape[-1]), axis=0)
+        numbers = []
+        for row in several:
+            if len(several) == 1 and not _may_empty(row, by_class):
+                continue
+            numbers.append(known.setdefault(row.tobytes(), len(rows)))
+            if numbers[-1] == len(rows):
+                rows.append(row)
         if len(several) > 1:
-            numbers = []
-            for row in several:
-                numbers.append(known.setdefault(row.tobytes(), len(rows)))
-                if numbers[-1] == len(rows):
-                    rows.append(row)
             equal.append(numbers)
+    shared = set(range(units)) | {number for numbers in equal for number in numbers}
     # Rows with a class in common, or that must lose equally many, are one group.
     leader = list(range(len(rows)))
 
@@ -190,6 +206,9 @@ def _groups(coupling: Coupling, root: IntArray, allowed: BoolArray, scores: Arra
     for numbers in equal:
         for number in numbers:
             leader[find(number)] = find(numbers[0])
+    size = np.zeros(len(root), np.int64)
+    for layer in coupling.layers:
+        np.add.at(size, root[layer.labels], 1)
     energy = np.zeros(len(root))
     energy[root] = scores  # one for all labels of a class
     groups = []
@@ -202,13 +221,22 @@ def _groups(coupling: Coupling, root: IntArray, allowed: BoolArray, scores: Arra
         groups.append(
             _Group(
                 [rows[number] for number in members],
+                [number in shared for number in members],
                 [[place[n] for n in numbers] for numbers in equal if find(numbers[0]) == each],
                 free,
+                size[free],
                 energy[free],
                 float(energy[classes].sum()),
             )
         )
     return groups
+
+
+def _may_empty(row: IntArray, by_class: Mapping[int, set[int]]) -> bool:
+    """Tells whether a row has units, but not all of any direction of a layer, which keeps one."""
+    present = set(row.tolist())
+    units = [by_class[each] for each in present if each in by_class]
+    return bool(units) and not any(own <= present for own in units)
 
 
 def _global_shares(groups: Sequence[_Group], wanted: float) -> list[float]:
@@ -227,8 +255,7 @@ def _global_shares(groups: Sequence[_Group], wanted: float) -> list[float]:
         levels = min(group.longest, _LEVELS)
         if level >= levels:
             return
-        gone, cost = group.remove(level / levels)
-        count = sum(int(np.isin(row, list(gone)).sum()) for row in group.rows)
+        _, cost, count = group.remove(level / levels)
         if count <= counts[number]:
             push(number, level + 1)
             return
@@ -242,8 +269,7 @@ def _global_shares(groups: Sequence[_Group], wanted: float) -> list[float]:
         _, number, level, cost = heapq.heappop(queue)
         group = groups[number]
         levels = min(group.longest, _LEVELS)
-        gone, _ = group.remove(level / levels)
-        count = sum(int(np.isin(row, list(gone)).sum()) for row in group.rows)
+        _, _, count = group.remove(level / levels)
         removed += count - counts[number]
         counts[number], costs[number], shares[number] = count, cost, level / levels
         push(number, level + 1)

@@ -1438,7 +1438,9 @@ CONSUME: dict[str, _Pattern] = {
 # A sequence to one vector
 
 
-def _last_slice(g: _Builder, t: _Tensor) -> _Tensor:
+def _last_slice(g: _Builder, t: _Tensor) -> _Tensor | None:
+    if g.opset == 10:  # shape inference says T here, and onnxruntime believes it
+        return None
     return g.squeeze(g.slice(t, "T", -1, None), "T")
 
 

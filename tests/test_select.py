@@ -1,13 +1,11 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rnnprune_cli.errors import UsageError
 from rnnprune_cli.model import RecurrentLayer, Weight
-from rnnprune_cli.select import SCOPES, check_scope, families, removed_per_group, select
+from rnnprune_cli.select import SCOPES, families, removed_per_group, select
 
 
 def weight(name: str, values: np.ndarray) -> Weight:
@@ -108,9 +106,3 @@ def test_layers_that_share_a_weight_are_one_family():
         RecurrentLayer("b", "RNN", "forward", 3, 4, two, shared),
     ]
     assert [[w.name for w in f] for f in families(layers)] == [["c.W"], ["a.W", "R", "b.W"]]
-
-
-def test_unknown_scope_names_the_closest():
-    with pytest.raises(UsageError) as caught:
-        check_scope("rows")
-    assert "'row'" in caught.value.hint

@@ -222,7 +222,7 @@ class Coupling:
                 continue
             made = self._states_in(output)
             for value, begun in list(begins.values()):
-                if begun == made and rank(value) == labels.array.ndim:
+                if begun == made and self._may_be(value, output, labels):
                     shape = [static(value, k) or 1 for k in range(labels.array.ndim)]
                     shape[labels.axis] = labels.array.shape[labels.axis]
                     array = self.classes.new(tuple(shape))
@@ -231,6 +231,18 @@ class Coupling:
                     self.states.append(State(value, output))
                     del begins[id(value)]
                     break
+
+    def _may_be(self, value: ir.Value, output: ir.Value, labels: Labels) -> bool:
+        """Tells whether an input has the shape of an output; all steps are no state."""
+        if rank(value) != labels.array.ndim:
+            return False
+        if static(value, labels.axis) not in (None, labels.array.shape[labels.axis]):
+            return False
+        others = [k for k in range(labels.array.ndim) if k != labels.axis]
+        alike = [
+            self.layout.dimension(value, k) == self.layout.dimension(output, k) for k in others
+        ]
+        return all(alike) or not any(self._is_sequence(output))
 
     def cuts_now(self) -> list[Cut]:
         """Returns what is to be cut as far as is known."""
@@ -378,7 +390,7 @@ class Coupling:
                 self.block(node, "units meet here along different axes", labels=array)
                 self.block(node, "units meet here along different axes", labels=known.array)
             else:
-                self.classes.join(known.array, array)
+                self.join(node, known.array, array)
             return
         self._labels[id(value)] = (value, Labels(array, axis))
         self._look_at(*(user for user, _ in value.uses()))
@@ -407,6 +419,15 @@ class Coupling:
         said = f"{node.op_type} '{node.name or node.outputs[0].name}': {reason}"
         blocks = self._outcomes[id(node)].blocks
         blocks.extend(Block(array.reshape(-1), said, hint) for array in found)
+
+    def join(self, node: ir.Node, one: IntArray, other: IntArray) -> None:
+        """Joins labels that meet at a node, or blocks them where their sizes differ."""
+        pairs = zip(one.shape[::-1], other.shape[::-1], strict=False)
+        if all(a == b or 1 in (a, b) for a, b in pairs):
+            self.classes.join(one, other)
+            return
+        for array in (one, other):
+            self.block(node, "units meet here in different numbers", labels=array)
 
     def tie(self, array: IntArray, axis: int) -> IntArray:
         """Joins what stands at the same place of the unit axis; returns it as ``[n]``."""
@@ -439,7 +460,7 @@ class Coupling:
         if known is None:
             self.cut(node, index, array, axis, "element")
         elif known.axis == axis:
-            self.classes.join(known.array, array)
+            self.join(node, known.array, array)
         else:
             self.block(node, "units meet here along different axes")
 

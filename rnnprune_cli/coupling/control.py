@@ -43,7 +43,9 @@ def _follow(
         c.block(node, "units meet here along different axes", labels=array)
         c.block(node, "units meet here along different axes", labels=own.array)
     elif own is not None:
-        c.classes.join(own.array, array)
+        c.join(node, own.array, array)
+    elif not len(graph):
+        c.block(node, "a branch has no nodes", labels=array)
     elif c.rank(value) != array.ndim or c.size(value, axis) != array.shape[axis]:
         c.block(node, "an output without units has another shape in the other branch", labels=array)
     else:
@@ -55,6 +57,9 @@ def _follow(
 def loop(c: Coupling, node: ir.Node) -> None:
     """Loop and Scan: states keep their labels, sequences gain or lose an axis."""
     (body,) = subgraphs(node)
+    if c.opset < 9 and node.op_type == "Scan":
+        c.block(node, "its inputs are laid out in the way of opset 8")
+        return
     if node.op_type == "Loop":
         carried = [(k, k, k - 1, k - 2) for k in range(2, len(node.inputs))]
         scanned: list[int] = []
@@ -108,7 +113,7 @@ def _carried(
         array = c.along(array, axis, array.ndim, axis)
         c.cut(node, outer, array, axis, "element")
     elif own.axis == axis and own.array.ndim == array.ndim:
-        c.classes.join(own.array, array)
+        c.join(node, own.array, array)
     else:
         c.block(node, "units meet here along different axes", labels=own.array)
         c.block(node, "units meet here along different axes", labels=array)

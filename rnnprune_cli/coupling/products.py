@@ -18,15 +18,19 @@ if TYPE_CHECKING:
 _GATES: dict[str, int] = {str(op): count for op, count in GATES.items()}
 
 
+def einsum_terms(node: ir.Node) -> tuple[list[str], str]:
+    """Returns the letters of an Einsum's operands and of its result."""
+    equation = (node.attributes.get_string("equation", "") or "").replace(" ", "")
+    left, arrow, result = equation.partition("->")
+    if not arrow:
+        result = "".join(x for x in sorted(set(left) - {","}) if left.count(x) == 1)
+    return left.split(","), result
+
+
 def einsum(c: Coupling, node: ir.Node) -> None:
     """Multiplies and sums over what the terms name."""
-    equation = node.attributes.get_string("equation", "") or ""
-    left, arrow, result = equation.replace(" ", "").partition("->")
-    terms = left.split(",")
-    if not arrow:
-        letters = sorted(set(left) - {","})
-        result = "".join(x for x in letters if left.count(x) == 1)
-    if "." in equation or any(len(set(term)) < len(term) for term in terms):
+    terms, result = einsum_terms(node)
+    if "." in "".join(terms) or any(len(set(term)) < len(term) for term in terms):
         c.block(node, "its equation has an ellipsis or a diagonal")
         return
     contract(c, node, terms, result)

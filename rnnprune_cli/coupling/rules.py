@@ -80,8 +80,11 @@ def meets(
         The labels, tied along axes that the operand has only one place for.
     """
     own = c.rank(value)
-    place = axis - array.ndim + (own or 0)
-    if own is None or place < 0:
+    if own is None:
+        c.block(node, "the number of axes of an operand is not known", labels=array)
+        return array
+    place = axis - array.ndim + own
+    if place < 0:
         return array
     size = c.size(value, place)
     if size == 1:
@@ -337,8 +340,11 @@ def slice_(c: Coupling, node: ir.Node) -> None:
             if k % array.ndim == axis and len(places) < array.shape[k]:
                 array = c.alike(array, axis)
             array = np.take(array, places, k)
+    if array.shape[axis] == 0:
+        return  # it takes no unit
     if 0 in array.shape:
-        return  # it takes nothing
+        c.block(node, "it takes nothing")
+        return
     c.give(node.outputs[0], array, axis, node)
 
 
@@ -506,13 +512,12 @@ def expand(c: Coupling, node: ir.Node) -> None:
     if found is None:
         return
     _, array, axis = found
-    ndim = c.rank(node.outputs[0])
-    if ndim is None and (sizes := c.layout.integers(node.inputs[1])) is not None:  # type: ignore[arg-type]
-        ndim = max(len(sizes), array.ndim)
-    if ndim is None:
+    target = node.inputs[1]
+    count = None if target is None else c.size(target, 0)
+    if count is None:
         c.block(node, "its target shape is not known")
         return
-    more = ndim - array.ndim
+    more = max(count - array.ndim, 0)
     c.give(node.outputs[0], array.reshape((1,) * more + array.shape), axis + more, node)
 
 
@@ -547,7 +552,7 @@ def pad(c: Coupling, node: ir.Node) -> None:
     axes = list(range(array.ndim))
     if input_of(node, 3) is not None:
         given = c.layout.constant_ints(node.inputs[3])
-        axes = axes if given is None else [k % array.ndim for k in given]
+        axes = [] if given is None else [k % array.ndim for k in given]
     if pads is None or len(pads) != 2 * len(axes):
         c.block(node, "what it adds is not known")
         return
@@ -605,7 +610,8 @@ def along_axis(c: Coupling, node: ir.Node) -> None:
         given = c.layout.constant_ints(node.inputs[1])
         at = None if given is None or len(given) != 1 else given[0]
     else:
-        at = node.attributes.get_int("axis", -1 if c.opset >= 13 else 1)
+        last = c.opset >= 13 or node.op_type == "LpNormalization"
+        at = node.attributes.get_int("axis", -1 if last else 1)
     if at is None:
         c.block(node, "its axis is not known")
         return
@@ -654,8 +660,9 @@ def by_channel(c: Coupling, node: ir.Node) -> None:
     if found is None:
         return
     _, array, axis = found
-    if node.op_type == "BatchNormalization" and len([o for o in node.outputs if o.uses()]) > 1:
-        c.block(node, "it is in training mode")
+    whole = node.attributes.get_int("training_mode", 0) or not node.attributes.get_int("spatial", 1)
+    if whole or any(o.uses() or o.is_graph_output() for o in node.outputs[1:]):
+        c.block(node, "it is in training mode, or normalises each place by itself")
         return
     if axis == 1:
         vector = c.tie(array, axis)
@@ -679,11 +686,13 @@ def pool(c: Coupling, node: ir.Node) -> None:
     if axis > 1:
         c.block(node, "it slides over the units")
         return
+    if any(o.uses() or o.is_graph_output() for o in node.outputs[1:]):
+        c.block(node, "its indices count through all channels")
+        return
     for k in range(2, array.ndim):
         if array.shape[k] > 1:
             array = c.tied(array, k)
-    for output in node.outputs:
-        c.give(output, array, axis, node)
+    c.give(node.outputs[0], array, axis, node)
 
 
 def reverse_sequence(c: Coupling, node: ir.Node) -> None:

@@ -8,7 +8,7 @@ it is; :func:`shrink` cuts them, and everything else that goes with the units.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -310,9 +310,17 @@ def _insert_after(r: _Rewriter, node: ir.Node, offset: Array) -> None:
     users = tuple(old.uses())
     new = r.editor.one(node, "Add", [old, r.editor.constant("rp/repair", offset)])
     new.type, new.shape = old.type, old.shape
-    for user, position in users:
+    _put_after(r, old, new, users)
+
+
+def _put_after(
+    r: _Rewriter, old: ir.Value, new: ir.Value, users: Iterable[tuple[ir.Node, int]] | None = None
+) -> None:
+    """Lets what read a value, or some of that, read another, and a graph give that out."""
+    for user, position in tuple(old.uses()) if users is None else users:
         user.replace_input_with(position, new)
-    graph = node.graph
+    node = old.producer()
+    graph = None if node is None else node.graph
     assert isinstance(graph, ir.Graph)
     for index, output in enumerate(graph.outputs):
         if output is old:
@@ -356,7 +364,7 @@ def _without_removed(r: _Rewriter, node: ir.Node) -> None:
         for op_type, index in (("Mul", 1), ("Add", 2)):
             if (own := input_of(node, index)) is not None:
                 new = one(op_type, new, own)
-        _replace(node, new)
+        _put_after(r, node.outputs[0], new)
     elif node.op_type in ("Softmax", "LogSoftmax", "ReduceMax", "ReduceMin"):
         node.replace_input_with(0, far)
     else:
@@ -365,17 +373,11 @@ def _without_removed(r: _Rewriter, node: ir.Node) -> None:
             _scale_output(r, node, number(share))
 
 
-def _replace(node: ir.Node, new: ir.Value) -> None:
-    for user, position in tuple(node.outputs[0].uses()):
-        user.replace_input_with(position, new)
-
-
 def _scale_output(r: _Rewriter, node: ir.Node, factor: ir.Value) -> None:
     users = tuple(node.outputs[0].uses())
     new = r.editor.one(node, "Mul", [node.outputs[0], factor])
     new.type = node.outputs[0].type
-    for user, position in users:
-        user.replace_input_with(position, new)
+    _put_after(r, node.outputs[0], new, users)
 
 
 def shrink(coupling: Coupling, removed: BoolArray, folds: Folds, resize_state: bool) -> None:
@@ -505,20 +507,19 @@ def _sized_reshape(r: _Rewriter, node: ir.Node, source: Labels) -> Callable[[], 
         return None
     target = node.inputs[1]
     assert target is not None
-    sizes = r.c.layout.integers(target) or [{} for _ in range(labels.array.ndim)]
-    now = sizes[labels.axis]
-    size = 1 if node.op_type == "Expand" else _kept(r, labels)
-    if dict(now) == {ONE: -1}:
-        return None
     if node.op_type == "Expand":
-        axis = labels.axis - labels.array.ndim + len(sizes)
+        size, count = 1, r.c.size(target, 0)
+        assert count is not None  # the rule saw to it
+        axis = labels.axis - labels.array.ndim + count
         if axis < 0:
             return None
     else:
-        axis = labels.axis
-        same = axis < source.array.ndim and source.axis == axis
-        if dict(now) == {} and same and not node.attributes.get_int("allowzero", 0):
-            return None  # copied from the input
+        size, count, axis = _kept(r, labels), labels.array.ndim, labels.axis
+        sizes = r.c.layout.integers(target)
+        now = None if sizes is None else dict(sizes[axis])
+        copies = not node.attributes.get_int("allowzero", 0) and source.axis == axis
+        if now == {ONE: -1} or (now == {} and copies):
+            return None
     stored = r.c.constant(target)
 
     def change() -> None:
@@ -531,7 +532,7 @@ def _sized_reshape(r: _Rewriter, node: ir.Node, source: Labels) -> Callable[[], 
             parts = [
                 e.slice(node, target, 0, 0, axis) if axis else None,
                 e.ints(node, [size]),
-                e.slice(node, target, 0, axis + 1, len(sizes)) if axis + 1 < len(sizes) else None,
+                e.slice(node, target, 0, axis + 1, count) if axis + 1 < count else None,
             ]
             some = [p for p in parts if p is not None]
             new = e.one(node, "Concat", some, axis=0)
@@ -595,6 +596,24 @@ def _sized_gather(r: _Rewriter, node: ir.Node, source: Labels) -> Callable[[], N
     return lambda: node.replace_input_with(1, r.editor.ints(node, places))
 
 
+def _sized_squeeze(r: _Rewriter, node: ir.Node, source: Labels) -> Callable[[], None] | None:
+    """Names the axes, of which the one of the units could be one if a single unit stays."""
+    if r.c.layout.axes(node, source.array.ndim) is not None:
+        return None
+    value = node.inputs[0]
+    assert value is not None
+    axes = [k for k in range(source.array.ndim) if r.c.size(value, k) == 1]
+
+    def change() -> None:
+        if r.editor.opset < 13:
+            node.attributes["axes"] = ir.AttrInt64s("axes", axes)
+            return
+        node.resize_inputs(2)
+        node.replace_input_with(1, r.editor.ints(node, axes))
+
+    return change
+
+
 def _sized_split(r: _Rewriter, node: ir.Node, source: Labels) -> Callable[[], None] | None:
     axis = (node.attributes.get_int("axis", 0) or 0) % source.array.ndim
     if axis != source.axis:
@@ -619,9 +638,8 @@ def _sized_split(r: _Rewriter, node: ir.Node, source: Labels) -> Callable[[], No
 def _sized_shape(r: _Rewriter, node: ir.Node, source: Labels) -> Callable[[], None] | None:
     """Tells the size that was: whatever is computed from it stays as it was."""
     ndim = source.array.ndim
-    start = (node.attributes.get_int("start", 0) or 0) % max(ndim, 1)
-    end = node.attributes.get_int("end", None)
-    places = list(range(ndim))[start:end]
+    bounds = slice(node.attributes.get_int("start", 0), node.attributes.get_int("end", None))
+    places = list(range(ndim))[bounds]
     if source.axis not in places:
         return None
     missing = [0] * len(places)
@@ -632,13 +650,7 @@ def _sized_shape(r: _Rewriter, node: ir.Node, source: Labels) -> Callable[[], No
         users = tuple(old.uses())
         new = r.editor.one(node, "Add", [old, r.editor.ints(node, missing)])
         new.type = ir.TensorType(ir.DataType.INT64)
-        for user, position in users:
-            user.replace_input_with(position, new)
-        graph = node.graph
-        assert isinstance(graph, ir.Graph)
-        for index, output in enumerate(graph.outputs):
-            if output is old:
-                r.rename(graph, index, new)
+        _put_after(r, old, new, users)
 
     return change
 
@@ -660,6 +672,7 @@ _SIZED: dict[str, Callable[[_Rewriter, ir.Node, Labels], Callable[[], None] | No
     "Slice": _sized_slice,
     "Gather": _sized_gather,
     "Split": _sized_split,
+    "Squeeze": _sized_squeeze,
     "Shape": _sized_shape,
     "Conv": _sized_conv,
 }
