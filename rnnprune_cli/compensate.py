@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -24,7 +25,7 @@ from rnnprune_cli.calibrate import Batch
 from rnnprune_cli.coupling import Coupling, Cut, Labels
 from rnnprune_cli.coupling.products import einsum_terms
 from rnnprune_cli.graph import input_of
-from rnnprune_cli.model import GATES, Array, BoolArray, Repair
+from rnnprune_cli.model import GATES, Array, BoolArray, Read, Repair
 from rnnprune_cli.rewrite.units import Fold
 
 RIDGE = 1e-4
@@ -323,6 +324,38 @@ def variances(coupling: Coupling, found: Sequence[Reading]) -> Array:
     return known
 
 
+def reads(coupling: Coupling, found: Sequence[Reading]) -> tuple[Read, ...]:
+    """Returns what readers with constant weights read on the data."""
+    made = []
+    for reading in found:
+        if reading.moments is None or reading.problem is not None:
+            continue
+        axis = reading.cut.labels.axis
+        units = np.moveaxis(coupling.classes.of(reading.cut.labels.array), axis, -1)
+        units = units.reshape(-1, units.shape[-1])
+        covariances = reading.moments.covariance()
+        for row, covariance, where in zip(
+            units, covariances, _rows(reading.cut.labels), strict=True
+        ):
+            made.append(Read(row, covariance, partial(_weights, coupling, reading.cut, where)))
+    return tuple(made)
+
+
+def _weights(coupling: Coupling, cut: Cut, where: tuple[slice | int, ...]) -> Array:
+    """Returns the weights that one row of units is read with, as ``[outputs, units]``."""
+    weight = coupling.constant(cut.value)
+    assert weight is not None
+    own: Array = np.moveaxis(weight, cut.labels.axis, -1)[where]
+    return own.reshape(-1, own.shape[-1]).astype(np.float64)
+
+
+def _rows(labels: Labels) -> Iterator[tuple[slice | int, ...]]:
+    """Yields where the weights of each row of units are, once the unit axis is the last."""
+    sizes = [n for k, n in enumerate(labels.array.shape) if k != labels.axis]
+    for index in np.ndindex(*sizes):
+        yield tuple(k if n > 1 else slice(None) for k, n in zip(index, sizes, strict=True))
+
+
 def repair(
     coupling: Coupling, found: Sequence[Reading], removed: BoolArray
 ) -> tuple[dict[int, Fold], list[Repair]]:
@@ -364,20 +397,10 @@ def _folded(reading: Reading, weight: Array, keep: BoolArray) -> tuple[Fold, flo
     assert reading.moments is not None
     moved = np.moveaxis(weight.astype(np.float64), axis, -1).copy()
     offset = np.zeros(moved.shape[:-1])
-    apart = [k for k in range(keep.ndim) if k != axis and keep.shape[k] > 1]
-    if not apart and labels.array.size != labels.array.shape[axis]:
-        apart = [k for k in range(keep.ndim) if k != axis and labels.array.shape[k] > 1]
-    # After the unit axis went to the end, axes behind it are one further in front.
-    places = [k - (k > axis) for k in apart]
     rows = np.moveaxis(keep, axis, -1).reshape(-1, keep.shape[axis])
     unexplained, problem = [], None
-    for number, row in enumerate(rows):
-        where: list[slice | int] = [slice(None)] * (moved.ndim - 1)
-        for place, index in zip(
-            places, np.unravel_index(number, [keep.shape[k] for k in apart]), strict=True
-        ):
-            where[place] = int(index)
-        part, added = moved[tuple(where)], offset[tuple(where)]
+    for number, (row, where) in enumerate(zip(rows, _rows(labels), strict=True)):
+        part, added = moved[where], offset[where]
         matrix, constant, share = reading.moments.predict(number, row)
         unexplained.append(share)
         inner, gone = part[..., row], part[..., ~row]

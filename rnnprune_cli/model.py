@@ -486,18 +486,35 @@ class ResizedState:
 
 
 @dataclass(frozen=True, eq=False)
-class UnitFigures:
-    """What is known about hidden units; those that go together have the same figures.
+class Read:
+    """What one reader reads, and how: its output is ``weights · v``.
 
     Attributes:
-        outgoing: float64 ``[labels]``: squared norm of all weights that multiply the unit.
-        group: float64 ``[labels]``: squared norm of all weights that go with it.
-        variance: float64 ``[labels]``: of its hidden state on data; None without data.
+        units: int64 ``[n]``: whose unit each element of ``v`` is; equal ones go together.
+        covariance: float64 ``[n, n]``: of ``v`` on data.
+        weights: Returns float64 ``[outputs, n]``.
+    """
+
+    units: Array
+    covariance: Array
+    weights: Callable[[], Array]
+
+
+@dataclass(frozen=True, eq=False)
+class UnitFigures:
+    """What is known about hidden units; those that go together have one number.
+
+    Attributes:
+        outgoing: float64 ``[numbers]``: squared norm of all weights that multiply the unit.
+        group: float64 ``[numbers]``: squared norm of all weights that go with it.
+        variance: float64 ``[numbers]``: of its hidden state on data; None without data.
+        reads: What is read of units on data; empty without data.
     """
 
     outgoing: Array
     group: Array
     variance: Array | None
+    reads: tuple[Read, ...] = ()
 
 
 @dataclass(frozen=True)

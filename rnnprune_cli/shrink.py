@@ -12,7 +12,7 @@ from onnx_ir.passes import common
 
 from rnnprune_cli import shapes
 from rnnprune_cli.calibrate import expose, run_batches
-from rnnprune_cli.compensate import Reading, readings, repair, variances, watch
+from rnnprune_cli.compensate import Reading, readings, reads, repair, variances, watch
 from rnnprune_cli.coupling import Coupling, Labels
 from rnnprune_cli.data import Dataset
 from rnnprune_cli.errors import RnnpruneError, UsageError
@@ -152,7 +152,7 @@ def remove_units(
     if calibration is not None and (stage.compensate or method.needs_data):
         progress(f"running {calibration.count} samples to see what units do")
         found = _watched(model, coupling, calibration, folder, threads)
-    figures = _figures(coupling, variances(coupling, found) if found else None)
+    figures = _figures(coupling, found)
     scores = method.unit(figures, np.random.default_rng(seed))
     root = coupling.classes.of(np.arange(len(coupling.classes)))
     chosen = choose(coupling, scores[root], names, stage.sparsity, stage.scope)
@@ -225,8 +225,8 @@ def _watched(
     return found
 
 
-def _figures(coupling: Coupling, variance: Array | None) -> UnitFigures:
-    """Adds up the squared weights that read each unit, and that go with it."""
+def _figures(coupling: Coupling, found: Sequence[Reading]) -> UnitFigures:
+    """Adds up the squared weights that read each unit, and that go with it; adds what data say."""
     root = coupling.classes.of(np.arange(len(coupling.classes)))
     outgoing, group = np.zeros(len(root)), np.zeros(len(root))
     recurrent = {id(layer.node) for layer in coupling.layers}
@@ -241,7 +241,10 @@ def _figures(coupling: Coupling, variance: Array | None) -> UnitFigures:
         np.add.at(group, root[array], squares)
         if cut.role == "reads":
             np.add.at(outgoing, root[array], squares)
-    return UnitFigures(outgoing[root], group[root], variance)
+    if not found:
+        return UnitFigures(outgoing[root], group[root], None)
+    variance = variances(coupling, found)
+    return UnitFigures(outgoing[root], group[root], variance, reads(coupling, found))
 
 
 def _nothing(model: OnnxModel, blocked: Mapping[str, str], stage: Stage) -> RnnpruneError:
