@@ -461,6 +461,25 @@ class LayerRow:
 
 
 @dataclass(frozen=True)
+class RemovableUnits:
+    """How many units of a layer can be removed, and what holds the others.
+
+    Attributes:
+        layer: The layer.
+        removable: Of each direction, at most; at least one stays.
+        coupled: Other layers whose units go with them.
+        blocked: What holds units that cannot go, and why; None if nothing does.
+        hint: What would help.
+    """
+
+    layer: str
+    removable: int
+    coupled: tuple[str, ...]
+    blocked: str | None
+    hint: str
+
+
+@dataclass(frozen=True)
 class KeptUnits:
     """The units of a layer that stay, for each direction, in their old numbers and order."""
 

@@ -48,6 +48,7 @@ from rnnprune_cli.model import (
     Plan,
     Ratios,
     RecurrentLayer,
+    RemovableUnits,
     Report,
     Runner,
     Saved,
@@ -112,8 +113,10 @@ class PruneOptions:
 
 
 @contextlib.contextmanager
-def inspected(path: Path, signature: str | None, right_padding: bool) -> Iterator[LoadedModel]:
-    """Loads a model for a look, lifted as ``prune`` would lift it.
+def inspected(
+    path: Path, signature: str | None, right_padding: bool
+) -> Iterator[tuple[LoadedModel, tuple[RemovableUnits, ...]]]:
+    """Loads a model for a look, lifted as ``prune`` would lift it; ONNX models with their units.
 
     Raises:
         RnnpruneError: If it cannot be read, or nothing in it is recurrent.
@@ -125,7 +128,14 @@ def inspected(path: Path, signature: str | None, right_padding: bool) -> Iterato
         model, _ = lift_model(source, options, stack)
         if not model.layers and not model.skipped:
             require_layers(model)
-        yield model
+        yield model, _removable_units(model)
+
+
+def _removable_units(model: LoadedModel) -> tuple[RemovableUnits, ...]:
+    from rnnprune_cli.onnx_model import OnnxModel
+    from rnnprune_cli.shrink import removable_units
+
+    return removable_units(model) if isinstance(model, OnnxModel) and model.layers else ()
 
 
 def prune(options: PruneOptions, arguments: Mapping[str, Any], progress: Progress) -> Report:

@@ -25,6 +25,7 @@ from rnnprune_cli.model import (
     Claim,
     Feed,
     KeptUnits,
+    RemovableUnits,
     Repair,
     ResizedState,
     Runner,
@@ -43,6 +44,8 @@ PREPARED = "with no unit removed, the model computes what the original computes"
 SHRUNK = "the shrunk model computes what the masked model computes"
 STREAMED = "and so it does over {steps} calls with the state handed back"
 STREAMED_STEPS = 8
+
+_ALMOST_ALL = 1 - 1e-9
 
 _NORMS = (1, 2, 7)
 """Inputs of recurrent operators that count as weights of a unit: W, R and P."""
@@ -198,6 +201,26 @@ def remove_units(
         _blocked(model, coupling, chosen.blocked),
         tuple(_warnings(coupling, removed, stage, calibration)),
     )
+
+
+def removable_units(model: OnnxModel) -> tuple[RemovableUnits, ...]:
+    """Returns what could be removed of each layer, one by one, and what blocks the rest."""
+    coupling = coupled(model)
+    names = [layer.name for layer in coupling.layers]
+    root = coupling.classes.of(np.arange(len(coupling.classes)))
+    chosen = choose(coupling, np.zeros(len(root)), names, _ALMOST_ALL, "layer")
+    found = []
+    for layer in coupling.layers:
+        own = np.unique(root[layer.labels])
+        others = [
+            other.name
+            for other in coupling.layers
+            if other is not layer and np.isin(root[other.labels], own).any()
+        ]
+        count = int(chosen.removed[layer.labels].sum(axis=1).min())
+        why, _, hint = chosen.blocked.get(layer.name, "").partition("; ")
+        found.append(RemovableUnits(layer.name, count, tuple(others), why or None, hint))
+    return tuple(found)
 
 
 def _opened(

@@ -11,7 +11,7 @@ from typing import Any
 from rnnprune_cli import __version__
 from rnnprune_cli.errors import RnnpruneError
 from rnnprune_cli.methods import Method
-from rnnprune_cli.model import LoadedModel, Report
+from rnnprune_cli.model import LoadedModel, RemovableUnits, Report
 
 SCHEMA_VERSION = 1
 
@@ -39,7 +39,9 @@ def error_document(error: RnnpruneError, arguments: Mapping[str, Any]) -> dict[s
     }
 
 
-def inspect_document(model: LoadedModel, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def inspect_document(
+    model: LoadedModel, units: Iterable[RemovableUnits], arguments: Mapping[str, Any]
+) -> dict[str, Any]:
     """Returns what ``inspect`` found."""
     return {
         **header(),
@@ -63,6 +65,7 @@ def inspect_document(model: LoadedModel, arguments: Mapping[str, Any]) -> dict[s
             }
             for layer in model.layers
         ],
+        "units": [dataclasses.asdict(layer) for layer in units],
         "lifts": [dataclasses.asdict(lift) for lift in model.lifts],
         "skipped": [dataclasses.asdict(s) for s in model.skipped],
         "warnings": list(model.warnings),

@@ -16,6 +16,7 @@ from rnnprune_cli.model import (
     LoadedModel,
     Measurement,
     RecurrentLayer,
+    RemovableUnits,
     Repair,
     Report,
     Skipped,
@@ -170,8 +171,8 @@ def skipped_table(skipped: Iterable[Skipped]) -> Table:
     return table
 
 
-def inspect_table(model: LoadedModel) -> RenderableType:
-    """Returns the recurrent layers of a model, and what blocks the others."""
+def inspect_table(model: LoadedModel, units: Sequence[RemovableUnits]) -> RenderableType:
+    """Returns the recurrent layers of a model, what of them can go, and what blocks the rest."""
     head = " · ".join(
         part
         for part in (model.format, f"opset {model.opset}" if model.opset else "", model.producer)
@@ -180,9 +181,9 @@ def inspect_table(model: LoadedModel) -> RenderableType:
     parts: list[RenderableType] = [
         Text.assemble((printable(str(model.path)), "bold"), f"   {head}")
     ]
-    table = _table(
-        "layer", "op", "inputs", "hidden", "weights", "zeros", "shares", "was", right=(2, 3, 4, 5)
-    )
+    columns = ("layer", "op", "inputs", "hidden", "can go", "weights", "zeros", "shares", "was")
+    table = _table(*columns, right=(2, 3, 4, 5, 6))
+    can_go = {layer.layer: layer for layer in units}
     owners: dict[str, str] = {}
     for layer in model.layers:
         shared = sorted({owners[w.name] for w in layer.weights if w.name in owners})
@@ -193,6 +194,7 @@ def inspect_table(model: LoadedModel) -> RenderableType:
             layer.op if layer.direction == "forward" else f"{layer.op} {layer.direction}",
             str(layer.input_size),
             str(layer.hidden_size),
+            str(can_go[layer.name].removable) if layer.name in can_go else "",
             _count(layer.macs_per_step),
             f"{zeros(layer):.3f}",
             f"weights of {', '.join(shared)}" if shared else "",
@@ -200,9 +202,19 @@ def inspect_table(model: LoadedModel) -> RenderableType:
         )
     if model.layers:
         parts.append(table)
+    held = [layer for layer in units if layer.blocked or layer.coupled]
+    if held:
+        parts.append(_held_units(held))
     if model.skipped:
         parts.append(skipped_table(model.skipped))
     return _stacked([*parts, *_warnings(model.warnings)])
+
+
+def _held_units(layers: Iterable[RemovableUnits]) -> Table:
+    table = _table("hidden units of", "go with those of", "cannot all go, because", "what helps")
+    for layer in layers:
+        table.add_row(layer.layer, ", ".join(layer.coupled), layer.blocked or "", layer.hint)
+    return table
 
 
 def zeros(layer: RecurrentLayer) -> float:
