@@ -303,6 +303,43 @@ def _reset_gate(node: ir.Node, x: Array, before: Array, reading: Reading) -> Arr
     return np.stack(parts)
 
 
+class Passage:
+    """What a layer makes of what it reads, as far as a linear map can tell.
+
+    Attributes:
+        count: Number of steps seen.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._sums: list[Array] = []
+
+    def add(self, x: Array, y: Array) -> None:
+        """Adds X ``[steps, batch, features]`` and Y ``[steps, directions, batch, units]``."""
+        read = x.reshape(-1, x.shape[2]).astype(np.float64)
+        made = y.transpose(0, 2, 1, 3).reshape(len(read), -1).astype(np.float64)
+        self.count += len(read)
+        more = [read.sum(0), made.sum(0), read.T @ read, read.T @ made, np.square(made).sum(0)]
+        self._sums = [a + b for a, b in zip(self._sums, more, strict=True)] if self._sums else more
+
+    def fit(self) -> tuple[Array, Array, float]:
+        """Fits ``Y ≈ X · A + c`` by least squares.
+
+        Returns:
+            A ``[features, directions * units]``, c ``[directions * units]``, and the share of Y's
+            variance that stays unexplained.
+        """
+        read, made, squares, products, energy = (a / self.count for a in self._sums)
+        inner = squares - np.outer(read, read)
+        across = products - np.outer(read, made)
+        inner += RIDGE * max(float(np.diag(inner).mean()), 1e-12) * np.eye(len(inner))
+        matrix = np.linalg.solve(inner, across)
+        total = float((energy - np.square(made)).sum())
+        explained = float((matrix * across).sum())
+        share = 1 - explained / total if total > 0 else 0.0
+        return matrix, made - read @ matrix, min(max(share, 0.0), 1.0)
+
+
 def variances(coupling: Coupling, found: Sequence[Reading]) -> Array:
     """Returns how much each unit varies on the data.
 

@@ -537,6 +537,20 @@ class UnitFigures:
 
 
 @dataclass(frozen=True)
+class LayerFigures:
+    """What is known about a layer that may be removed.
+
+    Attributes:
+        mean_square: Of its weights W and R.
+        unexplained: Share of the variance of its output on data that no linear map of its input
+            explains; None without data.
+    """
+
+    mean_square: float
+    unexplained: float | None
+
+
+@dataclass(frozen=True)
 class Repair:
     """How well what one reader read of removed units is made up for by the others.
 

@@ -76,17 +76,24 @@ EXPORTS = {
     "dense": "zeros stay where the weights were",
     "sparse": "ONNX sparse tensors (values and positions), where that is smaller",
     "packed": "nonzero values and a bitmap or gaps, unpacked by standard operators at load",
-    "shrunk": "smaller weights without the removed units (--granularity unit)",
+    "shrunk": "smaller weights, without removed units or layers (--granularity unit, layer)",
 }
 """Name → summary of every export form."""
 VALUES = ("float32", "float16", "int8")
 GRANULARITIES = {
     "weight": "single weights of W and R",
     "unit": "hidden units, with all that goes with them: the model becomes smaller and faster",
+    "layer": "whole layers: a linear map fitted to data, or their input, stands for them",
 }
 """Name → what is removed together."""
-DEFAULT_SCOPES = {"weight": "row", "unit": "layer"}
-SCOPES_OF = {"weight": SCOPES, "unit": UNIT_SCOPES}
+DEFAULT_SCOPES = {"weight": "row", "unit": "layer", "layer": "global"}
+SCOPES_OF = {
+    "weight": SCOPES,
+    "unit": UNIT_SCOPES,
+    "layer": {"global": "all selected layers; one always stays"},
+}
+STRUCTURES = ("unit", "layer")
+"""Granularities that are cut out of the model instead of becoming zeros."""
 MAX_THREADS = 256
 
 _VERIFIED_SAMPLES = 4
@@ -166,9 +173,9 @@ def prune(options: PruneOptions, arguments: Mapping[str, Any], progress: Progres
         raise UsageError(
             "only ONNX models hold recurrent operators", "give an output with -o X.onnx"
         )
-    if stage is not None and stage.granularity == "unit" and output_format != "onnx":
+    if stage is not None and stage.granularity in STRUCTURES and output_format != "onnx":
         raise UsageError(
-            "units can only be removed from ONNX models",
+            f"a {stage.granularity} can only be removed from ONNX models",
             f"give an output with -o {options.model.stem}.onnx: the model is converted",
         )
     _check_output(options, output, output_format)
@@ -195,8 +202,8 @@ def prune(options: PruneOptions, arguments: Mapping[str, Any], progress: Progres
         inputs = _Inputs(options, source, base)
         model, masks, blocked = base, dict[str, BoolArray](), dict[str, str]()
         shrunk: Shrunk | None = None
-        if stage is not None and stage.granularity == "unit":
-            shrunk = _without_units(base, stage, inputs, stack, progress)
+        if stage is not None and stage.granularity in STRUCTURES:
+            shrunk = _without_structures(base, stage, inputs, stack, progress)
             model, blocked = shrunk.model, dict(shrunk.blocked)
         elif stage is not None:
             masks, blocked = make_masks(model.layers, stage, options.seed, progress)
@@ -313,21 +320,21 @@ class _Inputs:
         ]
 
 
-def _without_units(
+def _without_structures(
     model: LoadedModel,
     stage: Stage,
     inputs: _Inputs,
     stack: contextlib.ExitStack,
     progress: Progress,
 ) -> Shrunk:
-    """Removes units; the new model lives as long as the stack."""
+    """Removes units or layers; the new model lives as long as the stack."""
     from rnnprune_cli.onnx_model import OnnxModel
-    from rnnprune_cli.shrink import remove_units
+    from rnnprune_cli.shrink import Task, remove_layers, remove_units
 
     assert isinstance(model, OnnxModel)
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rnnprune-")))
     names = [layer.name for layer in chosen_layers(model.layers, stage)]
-    shrunk = remove_units(
+    task = Task(
         model,
         stage,
         names,
@@ -339,6 +346,7 @@ def _without_units(
         inputs.options.threads,
         progress,
     )
+    shrunk = remove_units(task) if stage.granularity == "unit" else remove_layers(task)
     blocked = {
         layer.name: "not selected" for layer in model.layers if layer.name not in names
     } | dict(shrunk.blocked)
@@ -358,14 +366,16 @@ def _check_options(options: PruneOptions) -> None:
             f"there is no export form '{options.export.export}'",
             closest(options.export.export, EXPORTS),
         )
-    units = options.stage is not None and options.stage.granularity == "unit"
+    units = options.stage is not None and options.stage.granularity in STRUCTURES
     if units and options.export.export not in ("auto", "shrunk"):
         raise UsageError(
             f"--export {options.export.export} is for single weights",
-            "units are cut out of the weights: leave it out, or --export shrunk",
+            "units and layers are cut out: leave it out, or --export shrunk",
         )
     if options.export.export == "shrunk" and not units:
-        raise UsageError("--export shrunk is for units", "use it with --granularity unit")
+        raise UsageError(
+            "--export shrunk is for units and layers", "use it with --granularity unit or layer"
+        )
     if options.export.values not in VALUES:
         raise UsageError(
             f"values cannot be stored as '{options.export.values}'",

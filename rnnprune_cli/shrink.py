@@ -1,8 +1,8 @@
-"""Removing hidden units from a model: choose, repair, cut, and compare with the masked model."""
+"""Removing hidden units or layers: choose, repair, cut, and compare with the masked model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,20 +11,32 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from rnnprune_cli import shapes
-from rnnprune_cli.calibrate import expose, run_batches
-from rnnprune_cli.compensate import Reading, readings, reads, repair, variances, watch
+from rnnprune_cli.calibrate import Batch, expose, run_batches
+from rnnprune_cli.compensate import (
+    Passage,
+    Reading,
+    readings,
+    reads,
+    repair,
+    variances,
+    watch,
+)
 from rnnprune_cli.coupling import Coupling, Labels
 from rnnprune_cli.data import Dataset
 from rnnprune_cli.errors import RnnpruneError, UsageError
 from rnnprune_cli.find import find, locate
 from rnnprune_cli.graph import Walker
+from rnnprune_cli.methods import Method
 from rnnprune_cli.methods import method as find_method
 from rnnprune_cli.model import (
+    GATES,
     Array,
     BoolArray,
     Claim,
     Feed,
     KeptUnits,
+    LayerFigures,
+    RecurrentLayer,
     RemovableUnits,
     Repair,
     ResizedState,
@@ -35,12 +47,14 @@ from rnnprune_cli.model import (
 from rnnprune_cli.onnx_model import OnnxModel
 from rnnprune_cli.rewrite.branches import settle
 from rnnprune_cli.rewrite.build import MIN_IR_INITIALIZERS
+from rnnprune_cli.rewrite.layers import LinearMap, bypass, imitate, obstacle
 from rnnprune_cli.rewrite.units import Folds, mask, shrink
 from rnnprune_cli.runtime import first_line
 from rnnprune_cli.units import choose
 from rnnprune_cli.verify import verify_runs, verify_same
 
-PREPARED = "with no unit removed, the model computes what the original computes"
+PREPARED = "with nothing removed, the model computes what the original computes"
+WITHOUT_LAYERS = "the model without layers computes what linear operators in their place compute"
 SHRUNK = "the shrunk model computes what the masked model computes"
 STREAMED = "and so it does over {steps} calls with the state handed back"
 STREAMED_STEPS = 8
@@ -74,16 +88,71 @@ class Shrunk:
     warnings: tuple[str, ...]
 
 
-def coupled(model: OnnxModel, allow_inexact: bool = False, resize_state: bool = False) -> Coupling:
-    """Reads a model again, prepared for removing units, and finds out what goes together.
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What is to be removed of which model, and what that is decided and verified on.
+
+    Attributes:
+        model: The model.
+        stage: What to do.
+        names: The layers that may lose units, or be removed.
+        folder: Existing folder for files.
+        calibration: Real inputs, for criteria and repair.
+        feeds: Inputs to compare on.
+        made_up: Whether these are no real ones.
+        seed: Seed of random scores.
+        threads: Threads to run with.
+        progress: Called with a short text at the beginning of each step.
+    """
+
+    model: OnnxModel
+    stage: Stage
+    names: Sequence[str]
+    folder: Path
+    calibration: Dataset | None
+    feeds: Sequence[Feed]
+    made_up: bool
+    seed: int
+    threads: int
+    progress: Callable[[str], None]
+
+    def coupled(self) -> Coupling:
+        """Reads the model again and finds out what goes together."""
+        return coupled(self.model, self.stage.allow_inexact, self.stage.resize_state)
+
+    def opened(
+        self,
+        graph: ir.Model,
+        name: str,
+        resized: Mapping[str, tuple[BoolArray, int]] | None = None,
+    ) -> OnnxModel:
+        """Writes a changed graph and opens it as a model."""
+        path = self.folder / f"{name}.onnx"
+        graph.ir_version = max(graph.ir_version, MIN_IR_INITIALIZERS)
+        self.model.write_graph(graph, path)
+        return OnnxModel(path, self.model.path, self.model.lifts, resized)
+
+    def batches(
+        self, graph: ir.Model, values: Sequence[ir.Value], states: Mapping[str, str]
+    ) -> tuple[dict[int, str], Iterator[Batch]]:
+        """Runs a graph on the calibration data.
+
+        Returns:
+            ``id`` of value → its name in the batches, and the batches.
+        """
+        assert self.calibration is not None
+        self.progress(f"running {self.calibration.count} samples to see what units do")
+        names = expose(graph, values)
+        runner = self.opened(graph, "watched").open(self.threads)
+        wanted = list(dict.fromkeys(names.values()))
+        return names, run_batches(runner, wanted, self.calibration, states)
+
+
+def prepared(model: OnnxModel) -> ir.Model:
+    """Reads a model again, as units and layers are removed from it.
 
     Functions are inlined, Ifs that always go the same way become that branch, and recurrent
     operators get the names that the model's layers have.
-
-    Args:
-        model: The model.
-        allow_inexact: Whether normalisation over units lets units go.
-        resize_state: Whether states may change their public shape.
     """
     graph = model.fresh()
     names = [located.name for located in locate(Walker(graph))]
@@ -97,24 +166,28 @@ def coupled(model: OnnxModel, allow_inexact: bool = False, resize_state: bool = 
             ) from error
     for name, located in zip(names, locate(Walker(graph)), strict=True):
         located.instance.node.name = name
-    size = sum(file.stat().st_size for file in model.files)
     shapes.complete(graph)
-    settle(graph, size)
+    settle(graph, _size(model))
+    return graph
+
+
+def coupled(model: OnnxModel, allow_inexact: bool = False, resize_state: bool = False) -> Coupling:
+    """Reads a model again and finds out what goes together.
+
+    Args:
+        model: The model.
+        allow_inexact: Whether normalisation over units lets units go.
+        resize_state: Whether states may change their public shape.
+    """
+    graph, size = prepared(model), _size(model)
     return Coupling(graph, find(Walker(graph), size), size, allow_inexact, resize_state)
 
 
-def remove_units(
-    model: OnnxModel,
-    stage: Stage,
-    names: Sequence[str],
-    folder: Path,
-    calibration: Dataset | None,
-    feeds: Sequence[Feed],
-    made_up: bool,
-    seed: int,
-    threads: int,
-    progress: Callable[[str], None],
-) -> Shrunk:
+def _size(model: OnnxModel) -> int:
+    return sum(file.stat().st_size for file in model.files)
+
+
+def remove_units(task: Task) -> Shrunk:
     """Removes hidden units and repairs what reads them.
 
     1. Find what goes with each unit; watch what is read of units on real data.
@@ -123,84 +196,163 @@ def remove_units(
     4. Write the model that has all sizes and new weights, and the one that is cut.
     5. Hold them against each other.
 
-    Args:
-        model: The model.
-        stage: What to do.
-        names: The layers that may lose units.
-        folder: Existing folder for the files.
-        calibration: Real inputs, for criteria and repair.
-        feeds: Inputs to compare on.
-        made_up: Whether these are no real ones.
-        seed: Seed of random scores.
-        threads: Threads to run with.
-        progress: Called with a short text at the beginning of each step.
-
     Raises:
         RnnpruneError: If no unit could be removed.
         UsageError: If the criterion needs data and there are none.
     """
-    method = find_method(stage.method)
-    if method.needs_data and calibration is None:
-        raise UsageError(
-            f"method '{stage.method}' scores units on data", "give --data, or --calibration"
-        )
+    model, stage = task.model, task.stage
+    method = _method(task)
     assert method.unit is not None  # the options were checked
-    progress("finding what goes with each unit")
-
-    def fresh() -> Coupling:
-        return coupled(model, stage.allow_inexact, stage.resize_state)
-
-    coupling = fresh()
+    task.progress("finding what goes with each unit")
+    coupling = task.coupled()
     found: list[Reading] = []
-    if calibration is not None and (stage.compensate or method.needs_data):
-        progress(f"running {calibration.count} samples to see what units do")
-        found = _watched(model, coupling, calibration, folder, threads)
-    figures = _figures(coupling, found)
-    scores = method.unit(figures, np.random.default_rng(seed))
+    if task.calibration is not None and (stage.compensate or method.needs_data):
+        found = readings(coupling)
+        values = [v for r in found for v in (r.source, *r.extra) if v is not None]
+        watch(found, *task.batches(coupling.model, values, _paired(coupling)))
+    task.progress("scoring units")
+    scores = method.unit(_figures(coupling, found), np.random.default_rng(task.seed))
     root = coupling.classes.of(np.arange(len(coupling.classes)))
-    chosen = choose(coupling, scores[root], names, stage.sparsity, stage.scope)
+    chosen = choose(coupling, scores[root], task.names, stage.sparsity, stage.scope)
     removed = chosen.removed
     if stage.sparsity > 0 and not removed.any():
         raise _nothing(model, chosen.blocked, stage)
     folds: Folds = {}
     repairs: list[Repair] = []
     if stage.compensate and found:
-        progress("working out the repair")
+        task.progress("working out the repair")
         folds, repairs = repair(coupling, found, removed)
-    progress("cutting")
-    prepared = fresh()
-    mask(prepared, np.zeros_like(removed), {}, resize_state=False)
-    masked = fresh()
+    task.progress("cutting")
+    masked = task.coupled()
     mask(masked, removed, folds, stage.resize_state)
-    cut = fresh()
+    cut = task.coupled()
     units = tuple(
         KeptUnits(x.name, tuple(_places(~removed[row]) for row in x.labels)) for x in cut.layers
     )
     states, resized = _states(cut, removed) if stage.resize_state else ((), {})
-    paired = {s.input.name or "": s.output.name or "" for s in cut.states if s.input is not None}
+    paired = _paired(cut)
     shrink(cut, removed, folds, stage.resize_state)
-    result = _opened(model, cut.model, folder / "shrunk.onnx", resized)
+    result = task.opened(cut.model, "shrunk", resized)
     result.skipped = model.skipped
-    progress("holding it against the masked model")
+    task.progress("holding it against the masked model")
+    whole = task.coupled()
+    mask(whole, np.zeros_like(removed), {}, resize_state=False)
     claims = _verified(
-        model,
-        _opened(model, prepared.model, folder / "prepared.onnx", {}),
-        _opened(model, masked.model, folder / "masked.onnx", resized),
-        result,
-        feeds,
-        paired,
-        made_up,
-        threads,
+        task, whole.model, task.opened(masked.model, "masked", resized), result, SHRUNK, paired
     )
     return Shrunk(
         result,
-        tuple(claims),
+        claims,
         units,
         states,
         tuple(repairs),
         _blocked(model, coupling, chosen.blocked),
-        tuple(_warnings(coupling, removed, stage, calibration)),
+        tuple(_warnings(coupling, removed, task, repairs)),
     )
+
+
+def remove_layers(task: Task) -> Shrunk:
+    """Removes whole layers: a linear map fitted to data, or the identity, stands for each.
+
+    1. See which layers can go; watch what they make of what they read.
+    2. Score and choose; one layer stays.
+    3. Write the model without them, and the one whose operators compute the linear maps.
+    4. Hold them against each other.
+
+    Raises:
+        RnnpruneError: If no layer could be removed.
+        UsageError: If the criterion needs data and there are none.
+    """
+    method, model = _method(task), task.model
+    assert method.layer is not None  # the options were checked
+    task.progress("finding the layers that can go")
+    graph = prepared(model)
+    nodes = {n.name or "": n for n in graph.graph.all_nodes() if n.op_type in GATES}
+    fit = task.calibration is not None and task.stage.compensate
+    blocked: dict[str, str] = {}
+    free: list[RecurrentLayer] = []
+    for layer in model.layers:
+        if layer.name not in nodes or layer.name not in task.names:
+            continue
+        sizes = layer.input_size, layer.w.shape[0], layer.hidden_size
+        why = obstacle(nodes[layer.name], *sizes, data=fit)
+        if why:
+            blocked[layer.name] = why
+        else:
+            free.append(layer)
+    wanted = min(round(task.stage.sparsity * len(task.names)), len(model.layers) - 1)
+    if task.stage.sparsity > 0 and not (wanted and free):
+        raise _nothing(model, blocked, task.stage)
+    passages: dict[str, Passage] = {}
+    if task.calibration is not None and (fit or method.needs_data):
+        passages = _passages(task, graph, [nodes[layer.name] for layer in free])
+    fitted = {name: passage.fit() for name, passage in passages.items()}
+    generator = np.random.default_rng(task.seed)
+    scored = [
+        method.layer(
+            LayerFigures(
+                float(np.mean([np.square(w.read(), dtype=np.float64).mean() for w in x.weights])),
+                fitted[x.name][2] if x.name in fitted else None,
+            ),
+            generator,
+        )
+        for x in free
+    ]
+    gone = [free[k] for k in np.argsort(scored, kind="stable")[:wanted]]
+    chosen: dict[str, LinearMap] = {}
+    for x in gone:
+        chosen[x.name] = LinearMap()
+        if fit:
+            weight, bias, _ = fitted[x.name]
+            chosen[x.name] = LinearMap(weight.astype(x.w.dtype), bias.astype(x.w.dtype))
+    task.progress("taking layers out")
+    without, imitating = prepared(model), prepared(model)
+    bypass(without, chosen)
+    imitate(imitating, chosen)
+    result = task.opened(without, "shrunk")
+    result.skipped = model.skipped
+    claims = _verified(
+        task, prepared(model), task.opened(imitating, "masked"), result, WITHOUT_LAYERS, {}
+    )
+    stands = "a linear map" if fit else "its input"
+    repairs = [
+        Repair(f"linear map for '{name}'", passages[name].count, fitted[name][2])
+        for name in chosen
+        if fit
+    ]
+    blocked |= dict.fromkeys(chosen, f"removed: {stands} stands for it")
+    return Shrunk(result, claims, (), (), tuple(repairs), blocked, ())
+
+
+def _passages(task: Task, graph: ir.Model, nodes: Sequence[ir.Node]) -> dict[str, Passage]:
+    """Runs a model on data and adds up what layers read and make."""
+    values = [v for node in nodes for v in (node.inputs[0], node.outputs[0]) if v is not None]
+    names, batches = task.batches(graph, values, {})
+    found = {node.name or "": Passage() for node in nodes}
+    for batch in batches:
+        for node in nodes:
+            x, y = (
+                batch.values.get(names.get(id(value), ""))
+                for value in (node.inputs[0], node.outputs[0])
+            )
+            if x is not None and y is not None and x.size:
+                found[node.name or ""].add(batch.valid(x, [1, 2]), batch.valid(y, [1, 2, 3]))
+    return found
+
+
+def _method(task: Task) -> Method:
+    method = find_method(task.stage.method)
+    if method.needs_data and task.calibration is None:
+        raise UsageError(
+            f"method '{method.name}' scores what data make of a model",
+            "give --data, or --calibration",
+        )
+    return method
+
+
+def _paired(coupling: Coupling) -> dict[str, str]:
+    """Returns input → output of the states that callers hand in and get back."""
+    return {s.input.name or "": s.output.name or "" for s in coupling.states if s.input is not None}
 
 
 def removable_units(model: OnnxModel) -> tuple[RemovableUnits, ...]:
@@ -221,31 +373,6 @@ def removable_units(model: OnnxModel) -> tuple[RemovableUnits, ...]:
         why, _, hint = chosen.blocked.get(layer.name, "").partition("; ")
         found.append(RemovableUnits(layer.name, count, tuple(others), why or None, hint))
     return tuple(found)
-
-
-def _opened(
-    model: OnnxModel, graph: ir.Model, path: Path, resized: Mapping[str, tuple[BoolArray, int]]
-) -> OnnxModel:
-    """Writes a changed graph and opens it as a model."""
-    graph.ir_version = max(graph.ir_version, MIN_IR_INITIALIZERS)
-    model.write_graph(graph, path)
-    return OnnxModel(path, model.path, model.lifts, resized)
-
-
-def _watched(
-    model: OnnxModel, coupling: Coupling, data: Dataset, folder: Path, threads: int
-) -> list[Reading]:
-    """Runs the model on data and adds up what every reader of units reads."""
-    found = readings(coupling)
-    states = {
-        s.input.name or "": s.output.name or "" for s in coupling.states if s.input is not None
-    }
-    values = [v for r in found for v in (r.source, *r.extra) if v is not None]
-    names = expose(coupling.model, values)
-    runner = _opened(model, coupling.model, folder / "watched.onnx", {}).open(threads)
-    wanted = list(dict.fromkeys(names.values()))
-    watch(found, names, run_batches(runner, wanted, data, states))
-    return found
 
 
 def _figures(coupling: Coupling, found: Sequence[Reading]) -> UnitFigures:
@@ -275,12 +402,12 @@ def _nothing(model: OnnxModel, blocked: Mapping[str, str], stage: Stage) -> Rnnp
         more = f" ({len(blocked) - 1} more layers)" if len(blocked) > 1 else ""
         why, _, hint = reason.partition("; ")
         return RnnpruneError(
-            f"no unit of {model.path} can be removed: '{name}': {why}{more}",
+            f"no {stage.granularity} of {model.path} can be removed: '{name}': {why}{more}",
             hint or "'rnnprune inspect' shows what blocks each layer; --granularity weight works",
         )
     return RnnpruneError(
-        f"sparsity {stage.sparsity:g} removes not a single unit: the layers are too small",
-        "ask for a higher --sparsity",
+        f"sparsity {stage.sparsity:g} removes not a single {stage.granularity}: there are too few",
+        "ask for a higher --sparsity" if stage.granularity == "unit" else "one layer has to stay",
     )
 
 
@@ -295,16 +422,23 @@ def _blocked(model: OnnxModel, coupling: Coupling, blocked: Mapping[str, str]) -
 
 
 def _warnings(
-    coupling: Coupling, removed: BoolArray, stage: Stage, calibration: Dataset | None
+    coupling: Coupling, removed: BoolArray, task: Task, repairs: Sequence[Repair]
 ) -> list[str]:
     found = []
-    if stage.sparsity > 0 and calibration is None:
+    if task.stage.sparsity > 0 and task.calibration is None:
         found.append(
             "nothing was repaired: with --data (labels are not needed) what units leave behind is"
             " made up for, which loses several times less"
         )
-    elif stage.sparsity > 0 and not stage.compensate:
+    elif task.stage.sparsity > 0 and not task.stage.compensate:
         found.append("nothing was repaired: --compensate loses several times less")
+    kept = [int((~removed[layer.labels]).sum()) for layer in coupling.layers]
+    few = [row.samples for row in repairs if row.samples]
+    if few and min(few) < 2 * max(kept):
+        found.append(
+            f"the repair was worked out on {min(few)} steps for up to {max(kept)} units: give more"
+            " data, ten times as many steps as units"
+        )
     inexact = [
         f"{node.op_type} '{node.name or node.outputs[0].name}'"
         for node in coupling.inexact
@@ -358,27 +492,27 @@ def _states(
 
 
 def _verified(
-    model: OnnxModel,
-    prepared: OnnxModel,
-    masked: OnnxModel,
+    task: Task,
+    whole: ir.Model,
+    reference: OnnxModel,
     result: OnnxModel,
-    feeds: Sequence[Feed],
+    claim: str,
     states: Mapping[str, str],
-    made_up: bool,
-    threads: int,
-) -> list[Claim]:
-    original = model.open(threads)
+) -> tuple[Claim, ...]:
+    """Holds the model that is worked on against the original, and the result against its own."""
+    feeds, threads = task.feeds, task.threads
+    original = task.model.open(threads)
     names = [o.name for o in original.outputs]
+    unchanged = task.opened(whole, "prepared").open(threads)
+    one, two = reference.open(threads), result.open(threads)
     claims = [
-        verify_runs(PREPARED, original, prepared.open(threads), feeds, names, made_up),
+        verify_runs(PREPARED, original, unchanged, feeds, names, task.made_up),
+        verify_runs(claim, one, two, feeds, names, task.made_up),
     ]
-    one, two = masked.open(threads), result.open(threads)
-    claims.append(verify_runs(SHRUNK, one, two, feeds, names, made_up))
     if states:
-        claim = STREAMED.format(steps=STREAMED_STEPS)
         first, second = (_streamed(runner, feeds, names, states) for runner in (one, two))
-        claims.append(verify_same(claim, first, second))
-    return claims
+        claims.append(verify_same(STREAMED.format(steps=STREAMED_STEPS), first, second))
+    return tuple(claims)
 
 
 def _streamed(

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from rnnprune_cli.errors import UsageError, closest
-from rnnprune_cli.model import Array, UnitFigures, Weight
+from rnnprune_cli.model import Array, LayerFigures, UnitFigures, Weight
 
 WeightScore = Callable[[Weight, np.random.Generator], Array]
 UnitScore = Callable[[UnitFigures, np.random.Generator], Array]
+LayerScore = Callable[[LayerFigures, np.random.Generator], float]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Method:
         weight: ``(weight, generator) → scores`` of the weight's shape, float32 or float64, ≥ 0.
         unit: ``(figures, generator) → scores`` like :attr:`UnitFigures.outgoing`, ≥ 0; those of
             units that go together are one.
+        layer: ``(figures, generator) → score`` of a whole layer, ≥ 0.
         needs_data: Whether it scores by what data make of the model.
     """
 
@@ -40,12 +42,13 @@ class Method:
     paper: str
     weight: WeightScore | None = None
     unit: UnitScore | None = None
+    layer: LayerScore | None = None
     needs_data: bool = False
 
     @property
     def granularities(self) -> tuple[str, ...]:
         """What it can score."""
-        scored = {"weight": self.weight, "unit": self.unit}
+        scored = {"weight": self.weight, "unit": self.unit, "layer": self.layer}
         return tuple(name for name, score in scored.items() if score is not None)
 
 

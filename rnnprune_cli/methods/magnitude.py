@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from rnnprune_cli.methods import Method, register
-from rnnprune_cli.model import Array, UnitFigures, Weight
+from rnnprune_cli.model import Array, LayerFigures, UnitFigures, Weight
 
 
 def weights(weight: Weight, generator: np.random.Generator) -> Array:
@@ -21,12 +21,18 @@ def units(figures: UnitFigures, generator: np.random.Generator) -> Array:
     return figures.outgoing
 
 
+def layer(figures: LayerFigures, generator: np.random.Generator) -> float:
+    """Scores the mean square of a layer's weights."""
+    return figures.mean_square
+
+
 register(
     Method(
         "magnitude",
-        "absolute value of a weight; norm of the weights that read a unit; needs no data",
+        "size of a weight, of the weights that read a unit, or of a layer's; needs no data",
         "Han et al. 2015, Learning both Weights and Connections, arXiv:1506.02626",
         weights,
         units,
+        layer,
     )
 )

@@ -1,4 +1,4 @@
-"""Optimal Brain Surgeon for units: the error that is left after the best repair."""
+"""Optimal Brain Surgeon for units and layers: the error that is left after the best repair."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from rnnprune_cli.errors import UsageError
 from rnnprune_cli.methods import Method, register
-from rnnprune_cli.model import Array, Read, UnitFigures
+from rnnprune_cli.model import Array, LayerFigures, Read, UnitFigures
 
 DAMPING = 1e-4
 """Added to the diagonal of a covariance, times its mean."""
@@ -45,6 +45,17 @@ def units(figures: UnitFigures, generator: np.random.Generator) -> Array:
     return scores
 
 
+def layer(figures: LayerFigures, generator: np.random.Generator) -> float:
+    """Scores what a linear map of its input leaves unexplained of a layer's output.
+
+    Raises:
+        UsageError: Without data.
+    """
+    if figures.unexplained is None:
+        raise UsageError("method 'obs' needs data", "give --data or --calibration")
+    return figures.unexplained
+
+
 class _Reader:
     """One reader's weights and inverse covariance, as units go."""
 
@@ -81,9 +92,10 @@ class _Reader:
 register(
     Method(
         "obs",
-        "error that is left of what reads a unit after the best repair (Optimal Brain Surgeon)",
+        "error that is left after the best repair (Optimal Brain Surgeon)",
         "Hassibi & Stork 1993, Second Order Derivatives for Network Pruning, NeurIPS 5",
         unit=units,
+        layer=layer,
         needs_data=True,
     )
 )

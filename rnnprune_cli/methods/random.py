@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from rnnprune_cli.methods import Method, register
-from rnnprune_cli.model import Array, UnitFigures, Weight
+from rnnprune_cli.model import Array, LayerFigures, UnitFigures, Weight
 
 
 def weights(weight: Weight, generator: np.random.Generator) -> Array:
@@ -18,6 +18,11 @@ def units(figures: UnitFigures, generator: np.random.Generator) -> Array:
     return generator.random(figures.outgoing.shape)
 
 
+def layer(figures: LayerFigures, generator: np.random.Generator) -> float:
+    """Scores a uniform random number in [0, 1)."""
+    return float(generator.random())
+
+
 register(
     Method(
         "random",
@@ -25,5 +30,6 @@ register(
         "Blalock et al. 2020, What is the State of Neural Network Pruning?, arXiv:2003.03033",
         weights,
         units,
+        layer,
     )
 )
