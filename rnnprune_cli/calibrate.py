@@ -14,8 +14,9 @@ from rnnprune_cli.graph import Walker, subgraphs
 from rnnprune_cli.model import Array, Runner
 from rnnprune_cli.rewrite.edit import Editor
 
-BATCH_SAMPLES = 32
-"""Samples that run at once: what they make is in memory at one time."""
+MAX_SAMPLES = 64
+MAX_BYTES = 64 << 20
+"""Samples that run at once, and what their outputs may take; a single sample may take more."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,10 +25,12 @@ class Batch:
 
     Attributes:
         values: Output name → array.
+        samples: How many samples they are of.
         padded: None if every step counts; else (padded length, valid steps) of the one sample.
     """
 
     values: Mapping[str, Array]
+    samples: int
     padded: tuple[int, int] | None = None
 
     def valid(self, array: Array, units: Sequence[int] = ()) -> Array:
@@ -118,35 +121,46 @@ def run_batches(
     """
     own = [o.name for o in runner.outputs]
     places = {name: own.index(name) for name in names}
-    lengths = data.lengths
     handed = {
         given: own.index(taken)
         for given, taken in states.items()
         if data.count > 1 and given in data.inputs and not data.inputs[given].any()
     }
-    if lengths is None:
+
+    def batch(results: list[Array], samples: int, padded: tuple[int, int] | None = None) -> Batch:
+        return Batch({name: results[place] for name, place in places.items()}, samples, padded)
+
+    if handed:
         last: list[Array] = []
-        for start, stop in data.batches(1 if handed else BATCH_SAMPLES):
-            feed = data.feed(start, stop)
+        for sample in range(data.count):
+            feed = data.feed(sample, sample + 1)
             if last:
                 feed.update({name: last[place] for name, place in handed.items()})
             last = runner.run(feed)
-            yield Batch({name: last[place] for name, place in places.items()})
+            yield batch(last, 1)
         return
     longest = max(
         (a.shape[1] for n, a in data.inputs.items() if n in data.per_sample and a.ndim > 1),
         default=0,
     )
+    lengths = np.full(data.count, -1) if data.lengths is None else data.lengths
+    at_once = 1  # until it is known what a sample makes
     for length in np.unique(lengths):
         chosen = np.flatnonzero(lengths == length)
-        for start in range(0, len(chosen), BATCH_SAMPLES):
-            some = chosen[start : start + BATCH_SAMPLES]
+        while len(chosen):
+            some, chosen = np.split(chosen, [1 if data.single else at_once])
             try:
-                results = runner.run(data.take(some, int(length)))
+                if length < 0:
+                    results = runner.run(data.feed(int(some[0]), int(some[-1]) + 1))
+                else:
+                    results = runner.run(data.take(some, int(length)))
             except RnnpruneError:
+                if length < 0:
+                    raise
                 for sample in some:
                     results = runner.run(data.feed(int(sample), int(sample) + 1))
-                    values = {name: results[place] for name, place in places.items()}
-                    yield Batch(values, (longest, int(length)))
-            else:
-                yield Batch({name: results[place] for name, place in places.items()})
+                    yield batch(results, 1, (longest, int(length)))
+                continue
+            each = sum(result.nbytes for result in results) / len(some)
+            at_once = int(np.clip(MAX_BYTES / max(each, 1), 1, MAX_SAMPLES))
+            yield batch(results, len(some))

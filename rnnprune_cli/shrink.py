@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,11 +142,23 @@ class Task:
             ``id`` of value → its name in the batches, and the batches.
         """
         assert self.calibration is not None
-        self.progress(f"running {self.calibration.count} samples to see what units do")
         names = expose(graph, values)
         runner = self.opened(graph, "watched").open(self.threads)
         wanted = list(dict.fromkeys(names.values()))
-        return names, run_batches(runner, wanted, self.calibration, states)
+        running = run_batches(runner, wanted, self.calibration, states)
+        return names, self._told(running, self.calibration.count)
+
+    def _told(self, batches: Iterator[Batch], count: int) -> Iterator[Batch]:
+        """Tells how far the run through the data is, and how long it will take."""
+        begin, done, told = time.perf_counter(), 0, 0.0
+        self.progress(f"running {count} samples to see what units do")
+        for batch in batches:
+            yield batch
+            done += batch.samples
+            elapsed = time.perf_counter() - begin
+            if elapsed > told + 1:
+                told, left = elapsed, elapsed / done * (count - done)
+                self.progress(f"sample {done} of {count}, about {left:.0f} s left")
 
 
 def prepared(model: OnnxModel) -> ir.Model:

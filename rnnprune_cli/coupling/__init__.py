@@ -399,7 +399,17 @@ class Coupling:
             self._look_at(owner)
 
     def cut(self, node: ir.Node, index: int, array: IntArray, axis: int, role: Role) -> None:
-        """Notes that an input of a node is to be cut."""
+        """Notes that an input of a node is to be cut, once along an axis."""
+        for cut in self._outcomes[id(node)].cuts:
+            if cut.graph is None and (cut.index, cut.labels.axis) == (index, axis):
+                if cut.labels.array.shape == array.shape:
+                    self.classes.join(cut.labels.array, array)
+                else:
+                    self.block(node, "units meet here in different numbers", labels=array)
+                    self.block(
+                        node, "units meet here in different numbers", labels=cut.labels.array
+                    )
+                return
         self._outcomes[id(node)].cuts.append(Cut(node, index, Labels(array, axis), role))
 
     def cut_output(
