@@ -97,6 +97,7 @@ class Reading:
     Attributes:
         number: Of the cut in :attr:`Coupling.cuts`.
         cut: The cut.
+        times: How often a sum over the value's other axes adds its constant.
         extra: What else must be known, for R: the layer's X and initial state.
         weights: For a GRU with ``linear_before_reset = 0``: W, R, B.
         source: What it reads; for R the layer's Y.
@@ -113,6 +114,7 @@ class Reading:
     moments: Moments | None = None
     gated: Moments | None = None
     problem: str | None = None
+    times: int = 1
     extra: list[ir.Value] = field(default_factory=list)
     weights: tuple[Array | None, ...] = ()
 
@@ -152,6 +154,11 @@ def readings(coupling: Coupling) -> list[Reading]:
             reading.problem = "what it reads is not known"
         elif _features(cut.labels)[1] > MAX_FEATURES:
             reading.problem = f"it reads more than {MAX_FEATURES} units at once"
+        elif node.op_type == "Einsum":
+            times = _summed_besides(coupling, node, cut.index, source)
+            reading.times = times or 1
+            if times is None:
+                reading.problem = "it sums over steps, too, whose number is not known"
         elif node.op_type == "ConvTranspose":
             reading.problem = "what a constant adds to its output differs by place"
         if reading.is_recurrent:
@@ -163,6 +170,19 @@ def readings(coupling: Coupling) -> list[Reading]:
                     reading.extra.append(value)
         found.append(reading)
     return found
+
+
+def _summed_besides(coupling: Coupling, node: ir.Node, index: int, value: ir.Value) -> int | None:
+    """Returns over how many places an Einsum sums the value that its weight does not tell apart."""
+    terms, result = einsum_terms(node)
+    times = 1
+    for axis, letter in enumerate(terms[1 - index]):
+        if letter not in terms[index] and letter not in result:
+            size = coupling.size(value, axis)
+            if size is None:
+                return None
+            times *= size
+    return times
 
 
 def _features(labels: Labels) -> tuple[int, int]:
@@ -437,7 +457,7 @@ def _folded(reading: Reading, weight: Array, keep: BoolArray) -> tuple[Fold, flo
     rows = np.moveaxis(keep, axis, -1).reshape(-1, keep.shape[axis])
     unexplained, problem = [], None
     for number, (row, where) in enumerate(zip(rows, _rows(labels), strict=True)):
-        part, added = moved[where], offset[where]
+        part = moved[where]
         matrix, constant, share = reading.moments.predict(number, row)
         unexplained.append(share)
         inner, gone = part[..., row], part[..., ~row]
@@ -454,13 +474,24 @@ def _folded(reading: Reading, weight: Array, keep: BoolArray) -> tuple[Fold, flo
             else:
                 problem = "the new state is not repaired: its reset gate has another activation"
         part[..., row] = inner
-        added[...] = extra
+        offset[where] = extra
     new = np.moveaxis(moved, -1, axis).astype(weight.dtype)
-    return Fold(new, _shaped(reading.cut, offset, weight)), float(np.mean(unexplained)), problem
+    if _is_padded(reading.cut.node):
+        problem = "at padded edges what stands for the mean of the removed units is too much"
+    return Fold(new, _shaped(reading, offset, weight)), float(np.mean(unexplained)), problem
 
 
-def _shaped(cut: Cut, offset: Array, weight: Array) -> Array:
+def _is_padded(node: ir.Node) -> bool:
+    """Tells whether a convolution reads zeros beyond the ends."""
+    if node.op_type != "Conv":
+        return False
+    automatic = node.attributes.get_string("auto_pad", "NOTSET") or "NOTSET"
+    return automatic.startswith("SAME") or any(node.attributes.get_ints("pads", ()) or ())
+
+
+def _shaped(reading: Reading, offset: Array, weight: Array) -> Array:
     """Lays an offset out as the reader's output wants it."""
+    cut = reading.cut
     node, axis = cut.node, cut.labels.axis
     if node.op_type == "Conv":
         offset = offset.reshape(len(offset), -1).sum(axis=1)
@@ -470,14 +501,18 @@ def _shaped(cut: Cut, offset: Array, weight: Array) -> Array:
     elif node.op_type == "Einsum":
         terms, result = einsum_terms(node)
         own = terms[cut.index].replace(terms[cut.index][axis], "")
-        offset = offset.transpose([own.index(x) for x in result if x in own])
-        sizes = dict(zip(own, np.delete(weight.shape, axis), strict=True))
-        offset = offset.reshape([sizes.get(x, 1) for x in result])
+        # What the weight is summed over besides, and what the value is: each place adds as much.
+        offset = reading.times * offset.sum(
+            axis=tuple(own.index(x) for x in own if x not in result)
+        )
+        left = [x for x in own if x in result]
+        offset = offset.transpose([left.index(x) for x in result if x in left])
+        shape = iter(offset.shape)
+        offset = offset.reshape([next(shape) if x in left else 1 for x in result])
     elif node.op_type == "MatMul" and weight.ndim > 1:
-        if cut.index == 1:
+        vector = reading.labels is not None and reading.labels.array.ndim == 1
+        if not vector:
             offset = np.expand_dims(offset, axis)
-            while offset.ndim > 1 and offset.shape[0] == 1:
-                offset = offset[0]
-        elif cut.labels.array.ndim > 1:
-            offset = np.expand_dims(offset, axis)
-    return offset.astype(weight.dtype)
+        while cut.index == 1 and offset.ndim > 1 and offset.shape[0] == 1:
+            offset = offset[0]
+    return np.asarray(offset).astype(weight.dtype)

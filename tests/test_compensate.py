@@ -661,7 +661,7 @@ def test_twins_are_removed_without_loss_from_layers_tied_by_a_sum(no_ridge, tmp_
 
 
 def test_twins_with_the_other_sign_are_removed_without_loss(no_ridge, tmp_path):
-    """h' = −h: what is removed is a multiple of what stays, but not the same."""
+    """The opposite: what is removed is a multiple of what stays, but not the same."""
     layer, rng = Layer("RNN", bias=False), np.random.default_rng(6)
     units = twins(rng, 1)
     g, x = begin(layer)
@@ -937,7 +937,13 @@ def test_padded_steps_of_a_model_that_is_told_lengths_are_no_samples(tmp_path):
     assert [r.samples for r in shrunk.repairs] == [steps + 24, steps]
 
 
-@pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
+F5 = pytest.mark.xfail(strict=True, reason="F5: it runs with its padding")
+
+
+@pytest.mark.parametrize(
+    "direction",
+    ["forward", pytest.param("reverse", marks=F5), pytest.param("bidirectional", marks=F5)],
+)
 def test_padding_changes_nothing_for_a_model_of_one_sample(tmp_path, direction):
     layer, rng = Layer(direction=direction), np.random.default_rng(9)
     g, x = begin(layer)
@@ -977,23 +983,18 @@ def test_states_go_from_sample_to_sample(no_ridge, tmp_path, op):
     """The same steps, as one sample and as several, are the same calibration data."""
     model, _ = streaming(Layer(op), np.random.default_rng(9))
     x = samples(0, 1, steps=40)["x"]
-    zeros = {
-        f"{n}_in": np.zeros((1, 1, 2 * UNITS), np.float32) for n in ("h", "c")[: 2 - (op == "GRU")]
-    }
+    names = ["h_in", "c_in"] if op == "LSTM" else ["h_in"]
+    zeros = {name: np.zeros((1, 1, 2 * UNITS), np.float32) for name in names}
     held_out = {**samples(1, 1), **zeros}
     found = []
     for parts in (1, 8):
         feed = {"x": x.reshape(parts, -1, INPUTS), **zeros}
         data = Dataset(feed, frozenset({"x"}), frozenset(), True, parts, {}, None)
         found.append(shrink(model, tmp_path, data, held_out, sparsity=0.7).repairs)
-        weights = {
-            t.name: numpy_helper.to_array(t) for t in onnx.load(written(tmp_path)).graph.initializer
-        }
-        found.append(weights)
-    assert [r.samples for r in found[0]] == [41, 40]
-    assert [r.samples for r in found[2]] == [48, 40]  # each sample has a state to begin with
-    # What the MatMul reads is the same; what R reads is, too, but for its boundaries.
-    assert found[0][1].unexplained == pytest.approx(found[2][1].unexplained, rel=1e-4)
+    whole, split = found
+    assert [r.samples for r in whole] == [41, 40]
+    assert [r.samples for r in split] == [48, 40]  # each sample has a state to begin with
+    assert whole[1].unexplained == pytest.approx(split[1].unexplained, rel=1e-4)
 
 
 def test_states_that_are_given_are_not_replaced(tmp_path):
@@ -1007,3 +1008,21 @@ def test_states_that_are_given_are_not_replaced(tmp_path):
         shrunk = shrink(model, tmp_path, data, held_out)
         found.append(shrunk.repairs[0].unexplained)
     assert found[0] != found[1]
+
+
+@pytest.mark.xfail(strict=True, reason="F6: the offset takes the place of the bias")
+def test_a_bias_that_is_an_input_stays(no_ridge, tmp_path):
+    rng = np.random.default_rng(3)
+    units = twins(rng, 1)
+    g, x = begin(Layer())
+    y = add_layer(g, rng, x, Layer(), units)
+    tensor = next(t for t in g.tensors if t.name == g.nodes[-1].input[3])
+    g.tensors.remove(tensor)
+    bias = numpy_helper.to_array(tensor)
+    g.nodes[-1].input[3] = "B"
+    g.inputs.append(helper.make_tensor_value_info("B", TensorProto.FLOAT, list(bias.shape)))
+    model, held_out = head(g, rng, y, units), {**samples(1, 5), "B": bias}
+    data = Dataset({**samples(0), "B": bias}, frozenset({"x"}), frozenset(), False, 24, {}, None)
+    shrunk = shrink(model, tmp_path, data, held_out)
+    repaired = all(r.problem is None for r in shrunk.repairs)
+    assert distance(model, tmp_path, held_out) < (TOLERANCE if repaired else 0.1)

@@ -356,6 +356,11 @@ EXACT: dict[str, onnx.ModelProto] = {
         {"k": ints(2, -1, H), "w": numbers(2, H, 3)},
         directions=2,
     ),
+    "directions behind the units they are joined with": graph_of(
+        "t = Transpose<perm=[0,2,3,1]>(Y)\n s = Reshape(t, k)\n out = MatMul(s, w)",
+        {"k": ints(0, 0, -1), "w": numbers(2 * H, 3)},
+        directions=2,
+    ),
     "one weight for all directions, of broadcast size": graph_of(
         "out = MatMul(Y, w)", {"w": numbers(1, H, 3)}, directions=2
     ),

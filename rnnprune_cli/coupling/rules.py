@@ -167,7 +167,7 @@ def reshape(c: Coupling, node: ir.Node) -> None:
     if after is None:
         c.block(node, "its target shape is not known")
         return
-    moved = _reshaped(array, axis, before, after)
+    moved = _reshaped(c, array, axis, before, after)
     if moved is None:
         c.block(node, "it mixes units with another axis")
         return
@@ -242,13 +242,17 @@ def _product(sizes: list[Linear], number_of: int) -> Linear:
 
 
 def _reshaped(
-    array: IntArray, axis: int, before: list[Linear], after: list[Linear]
+    c: Coupling, array: IntArray, axis: int, before: list[Linear], after: list[Linear]
 ) -> tuple[IntArray, int] | None:
     """Follows labels through a Reshape; None where units and others are mixed."""
     full: list[int] = []
     shape: list[int] = []
     unit: tuple[int, ...] = ()
     for old, new in _parts(before, after):
+        for k in old if axis in old else ():
+            # Elements of an axis behind stand between units; theirs must stay side by side.
+            if k > axis and array.shape[k] > 1:
+                array = c.tied(array, k)
         inner = [array.shape[k] for k in old]
         if max(inner, default=1) == 1:
             full += inner

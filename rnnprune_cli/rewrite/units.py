@@ -292,7 +292,7 @@ def _through(
 
 def _resize(value: ir.Value, labels: Labels, r: _Rewriter) -> None:
     """Declares how long a state is now."""
-    if value.shape is not None:
+    if value.shape is not None and len(value.shape) == labels.array.ndim:
         sizes = list(value.shape)
         sizes[labels.axis] = _kept(r, labels)
         value.shape = ir.Shape(sizes)
