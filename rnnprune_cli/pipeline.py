@@ -832,7 +832,7 @@ def _verify(model: LoadedModel, saved: Saved, inputs: _Inputs, threads: int) -> 
     if saved.stored:
         reference, claim = model.open_masked(saved.stored, threads), "the masked model computes"
     else:
-        reference, claim = model.open(threads), "was made"
+        reference, claim = model.open(threads), "was verified"
     claims.append(
         verify_same(
             f"the written model computes what {claim}",
@@ -997,6 +997,9 @@ def _advice(run: _Run, gzip_estimated: bool) -> Iterator[str]:
         yield "zeros are stored like any weight: --export packed makes the file smaller"
     weights = stage is not None and stage.granularity == "weight"
     if weights and run.source.format == run.model.format:
-        yield "runtimes multiply zeros too: removing single weights does not change latency"
+        yield (
+            "runtimes multiply zeros too: removing single weights does not change latency,"
+            " --granularity unit does"
+        )
     if gzip_estimated:
         yield "the gzipped sizes are estimated from a sample of the files"

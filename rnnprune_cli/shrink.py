@@ -23,6 +23,7 @@ from rnnprune_cli.compensate import (
     watch,
 )
 from rnnprune_cli.coupling import Coupling, Labels
+from rnnprune_cli.coupling.features import unread
 from rnnprune_cli.data import Dataset
 from rnnprune_cli.errors import RnnpruneError, UsageError
 from rnnprune_cli.find import find, locate
@@ -56,6 +57,7 @@ from rnnprune_cli.verify import verify_runs, verify_same
 
 PREPARED = "with nothing removed, the model computes what the original computes"
 WITHOUT_LAYERS = "the model without layers computes what linear operators in their place compute"
+UNREAD = "without the input features that no weight reads, it computes the same"
 SHRUNK = "the shrunk model computes what the masked model computes"
 STREAMED = "and so it does over {steps} calls with the state handed back"
 STREAMED_STEPS = 8
@@ -253,15 +255,39 @@ def remove_units(task: Task) -> Shrunk:
     claims = _verified(
         task, whole.model, task.opened(masked.model, "masked", resized), result, SHRUNK, paired
     )
+    result, unused, more = _without_unread(task, result, resized)
     return Shrunk(
         result,
-        claims,
+        (*claims, *more),
         units,
         states,
         tuple(repairs),
         _blocked(model, coupling, chosen.blocked),
-        tuple(_warnings(coupling, removed, task, repairs)),
+        (*_warnings(coupling, removed, task, repairs), *unused),
     )
+
+
+def _without_unread(
+    task: Task, model: OnnxModel, resized: Mapping[str, tuple[BoolArray, int]]
+) -> tuple[OnnxModel, list[str], list[Claim]]:
+    """Leaves out input features that no weight reads any more.
+
+    Returns:
+        The model, what to say about it, and what was verified.
+    """
+    graph, size = prepared(model), _size(model)
+    coupling = Coupling(graph, find(Walker(graph), size), size, features=True)
+    gone = unread(coupling)
+    count = len(np.unique(coupling.classes.of(np.flatnonzero(gone))))
+    if not count:
+        return model, [], []
+    shrink(coupling, gone, {}, resize_state=False)
+    result = task.opened(graph, "read", resized)
+    result.skipped = model.skipped
+    names = [o.name for o in task.model.open(task.threads).outputs]
+    runners = model.open(task.threads), result.open(task.threads)
+    claim = verify_runs(UNREAD, *runners, task.feeds, names, task.made_up)
+    return result, [f"{count} input features that no weight reads are left out, too"], [claim]
 
 
 def remove_layers(task: Task) -> Shrunk:

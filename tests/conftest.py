@@ -104,6 +104,49 @@ def initializers(model: onnx.ModelProto | Path) -> dict[str, np.ndarray]:
     return {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
 
 
+class Graph:
+    """A graph of float32 x in the making; arrays among a node's inputs become initializers."""
+
+    def __init__(self, shape: Sequence[str | int], opset: int = 17) -> None:
+        self.opset = opset
+        self.nodes: list[onnx.NodeProto] = []
+        self.tensors: list[onnx.TensorProto] = []
+        self.inputs = [helper.make_tensor_value_info("x", 1, list(shape))]
+        self.outputs: list[onnx.ValueInfoProto] = []
+
+    def name(self, value: str | np.ndarray | None) -> str:
+        if value is None or isinstance(value, str):
+            return value or ""
+        name = f"c{len(self.tensors)}"
+        self.tensors.append(numpy_helper.from_array(value, name))
+        return name
+
+    def op(
+        self, kind: str, *values: str | np.ndarray | None, outs: int = 1, **attributes: object
+    ) -> str:
+        """Adds a node; returns the first of its outputs."""
+        names = [self.name(v) for v in values]
+        made = [f"v{len(self.nodes)}_{k}" for k in range(outs)]
+        self.nodes.append(
+            helper.make_node(kind, names, made, name=f"n{len(self.nodes)}", **attributes)
+        )
+        return made[0]
+
+    def output(self, value: str) -> None:
+        info = helper.make_empty_tensor_value_info(value)
+        info.type.tensor_type.elem_type = TensorProto.FLOAT
+        self.outputs.append(info)
+
+    def model(self) -> onnx.ModelProto:
+        graph = helper.make_graph(self.nodes, "g", self.inputs, self.outputs, self.tensors)
+        opset = [helper.make_opsetid("", self.opset)]
+        model = helper.make_model(graph, opset_imports=opset, ir_version=8)
+        inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+        for own, known in zip(model.graph.output, inferred.graph.output, strict=True):
+            own.CopyFrom(known)
+        return model
+
+
 Prune = Callable[..., Report]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from conftest import run
+from conftest import Graph, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
@@ -107,48 +107,6 @@ def test_units_that_never_vary_predict_nothing():
 # Models in which every unit has a twin
 
 
-class Graph:
-    """A graph in the making; arrays among the inputs of a node become initializers."""
-
-    def __init__(self, opset: int = 17) -> None:
-        self.opset = opset
-        self.nodes: list[onnx.NodeProto] = []
-        self.tensors: list[onnx.TensorProto] = []
-        self.inputs = [helper.make_tensor_value_info("x", 1, ["batch", "time", INPUTS])]
-        self.outputs: list[onnx.ValueInfoProto] = []
-
-    def name(self, value: str | np.ndarray | None) -> str:
-        if value is None or isinstance(value, str):
-            return value or ""
-        name = f"c{len(self.tensors)}"
-        self.tensors.append(numpy_helper.from_array(value, name))
-        return name
-
-    def op(
-        self, kind: str, *values: str | np.ndarray | None, outs: int = 1, **attributes: object
-    ) -> str:
-        names = [self.name(v) for v in values]
-        made = [f"v{len(self.nodes)}_{k}" for k in range(outs)]
-        self.nodes.append(
-            helper.make_node(kind, names, made, name=f"n{len(self.nodes)}", **attributes)
-        )
-        return made[0]
-
-    def output(self, value: str) -> None:
-        info = helper.make_empty_tensor_value_info(value)
-        info.type.tensor_type.elem_type = TensorProto.FLOAT
-        self.outputs.append(info)
-
-    def model(self) -> onnx.ModelProto:
-        graph = helper.make_graph(self.nodes, "g", self.inputs, self.outputs, self.tensors)
-        opset = [helper.make_opsetid("", self.opset)]
-        model = helper.make_model(graph, opset_imports=opset, ir_version=8)
-        inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
-        for own, known in zip(model.graph.output, inferred.graph.output, strict=True):
-            own.CopyFrom(known)
-        return model
-
-
 @dataclass(frozen=True)
 class Layer:
     """What a layer of twins is like."""
@@ -240,7 +198,7 @@ def sequence(g: Graph, y: str) -> str:
 
 
 def begin(layer: Layer) -> tuple[Graph, str]:
-    g = Graph()
+    g = Graph(["batch", "time", INPUTS])
     if layer.lengths:
         g.inputs.append(helper.make_tensor_value_info("lens", TensorProto.INT32, ["batch"]))
     return g, g.op("Transpose", "x", perm=[1, 0, 2])

@@ -21,6 +21,7 @@ import onnx_ir as ir
 
 from rnnprune_cli.coupling import control, products, rules
 from rnnprune_cli.coupling.classes import Classes, IntArray
+from rnnprune_cli.coupling.features import seed
 from rnnprune_cli.coupling.rules import Rule
 from rnnprune_cli.find import Found, is_recurrent, locate
 from rnnprune_cli.graph import Folder, Walker, subgraphs
@@ -130,9 +131,11 @@ class Coupling:
         file_bytes: Size of its files; what constants may expand to depends on it.
         allow_inexact: Whether normalisation over units lets units go.
         resize_state: Whether final states may be handed out shorter.
+        features: Label input features of recurrent layers instead of their units.
 
     Attributes:
         layers: The layers whose units have labels.
+        fed: Inputs of the model whose features have labels.
         cuts: Everything that is cut, in graph order.
         blocks: What cannot go, in graph order.
         masked: (node, input index) of what sums over units without weights that can be zero.
@@ -147,6 +150,7 @@ class Coupling:
         file_bytes: int,
         allow_inexact: bool = False,
         resize_state: bool = False,
+        features: bool = False,
     ) -> None:
         self.model = model
         self.walker = Walker(model)
@@ -156,20 +160,25 @@ class Coupling:
         self.allow_inexact = allow_inexact
         self.layers: list[UnitLayer] = []
         self.states: list[State] = []
+        self.fed: list[ir.Value] = []
+        self._made: list[Cut] = []
         self._labels: dict[int, tuple[ir.Value, Labels]] = {}
         self._outcomes: dict[int, _Outcome] = {}
         self._pending: set[int] = set()
         self._fresh: dict[tuple[int, int], IntArray] = {}
         self._nodes = list(_in_order(model.graph))
         self._places = {id(node): k for k, node in enumerate(self._nodes)}
-        self._seed(found)
+        if features:
+            seed(self, self._nodes)
+        else:
+            self._seed(found)
         self._propagate()
         self._pair_states()
         self._propagate()
         looked = [
             (node, self._outcomes[id(node)]) for node in self._nodes if id(node) in self._outcomes
         ]
-        self.cuts = [cut for _, outcome in looked for cut in outcome.cuts]
+        self.cuts = self._made + [cut for _, outcome in looked for cut in outcome.cuts]
         self.blocks = [block for _, outcome in looked for block in outcome.blocks]
         self.masked = [(node, k) for node, outcome in looked for k in outcome.masked]
         self.inexact = [node for node, outcome in looked if outcome.inexact]
@@ -226,8 +235,7 @@ class Coupling:
                     shape = [static(value, k) or 1 for k in range(labels.array.ndim)]
                     shape[labels.axis] = labels.array.shape[labels.axis]
                     array = self.classes.new(tuple(shape))
-                    self._labels[id(value)] = (value, Labels(array, labels.axis))
-                    self._look_at(*(user for user, _ in value.uses()))
+                    self.label(value, array, labels.axis)
                     self.states.append(State(value, output))
                     del begins[id(value)]
                     break
@@ -376,6 +384,17 @@ class Coupling:
         if labels is not None:
             return labels.array.ndim
         return rank(value)
+
+    # What is labelled from the start
+
+    def label(self, value: ir.Value, array: IntArray, axis: int) -> None:
+        """Labels a value that labels begin at."""
+        self._labels[id(value)] = (value, Labels(array, axis))
+        self._look_at(*(user for user, _ in value.uses()))
+
+    def make(self, node: ir.Node, index: int, array: IntArray, axis: int) -> None:
+        """Notes a constant that makes what labels begin at."""
+        self._made.append(Cut(node, index, Labels(array, axis), "own"))
 
     # What rules find
 

@@ -427,6 +427,9 @@ def shrink(coupling: Coupling, removed: BoolArray, folds: Folds, resize_state: b
         layer.node.attributes["hidden_size"] = ir.AttrInt64("hidden_size", size)
     for state in coupling.states:
         _cut_state(r, state, resize_state)
+    for value in coupling.fed:
+        if (given := coupling.of(value)) is not None:
+            _through(r, value, given, r.select)
     for graph in coupling.model.graph.subgraphs():
         for value in (*graph.inputs, *graph.outputs):
             if (own_labels := coupling.of(value)) is not None:
