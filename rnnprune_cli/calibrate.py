@@ -133,7 +133,8 @@ def run_batches(
     if handed:
         last: list[Array] = []
         for sample in range(data.count):
-            feed = data.feed(sample, sample + 1)
+            steps = None if data.lengths is None else int(data.lengths[sample])
+            feed = data.take(np.array([sample]), steps)
             if last:
                 feed.update({name: last[place] for name, place in handed.items()})
             last = runner.run(feed)

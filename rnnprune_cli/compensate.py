@@ -28,46 +28,56 @@ from rnnprune_cli.graph import input_of
 from rnnprune_cli.model import GATES, Array, BoolArray, Read, Repair
 from rnnprune_cli.rewrite.units import Fold
 
-RIDGE = 1e-4
-"""Added to the diagonal, times the mean variance of the kept units."""
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Added to the diagonal, times the mean variance of the kept units: the one with the smallest error
+on held-out samples is taken, the first where there are too few to hold some out."""
+HELD_OUT = 5
+"""One sample of so many is held out."""
 MAX_FEATURES = 4096
 """Of one reader: the normal equations take the square of it."""
 
 
-@dataclass(eq=False)
 class Moments:
     """Sums over samples of ``v`` and ``v vᵀ``, for several rows of units.
 
-    Attributes:
-        count: Number of samples.
-        first: float64 ``[rows, n]``.
-        second: float64 ``[rows, n, n]``.
+    The last samples of every block are added up apart, to tell how well a prediction does on data
+    that it was not made from.
+
+    Args:
+        rows: Rows of units that are told apart.
+        n: Units in each.
     """
 
-    first: Array
-    second: Array
-    count: int = 0
+    def __init__(self, rows: int, n: int) -> None:
+        self._calls = 0
+        self._counts = np.zeros(2)
+        self._first = np.zeros((2, rows, n))
+        self._second = np.zeros((2, rows, n, n))
 
-    @staticmethod
-    def empty(rows: int, n: int) -> Moments:
-        """Returns the moments of no samples."""
-        return Moments(np.zeros((rows, n)), np.zeros((rows, n, n)))
+    @property
+    def count(self) -> int:
+        """Number of samples."""
+        return int(self._counts.sum())
 
     def add(self, samples: Array) -> None:
-        """Adds samples ``[rows, samples, n]``."""
-        values = samples.astype(np.float64)
-        self.count += values.shape[1]
-        self.first += values.sum(axis=1)
-        self.second += values.transpose(0, 2, 1) @ values
+        """Adds samples ``[rows, samples, n]``, in their order in time."""
+        self._calls += 1
+        size = samples.shape[1]
+        apart = size // HELD_OUT if size >= HELD_OUT else size * (self._calls % HELD_OUT == 0)
+        for k, part in enumerate(np.split(samples.astype(np.float64), [size - apart], axis=1)):
+            self._counts[k] += part.shape[1]
+            self._first[k] += part.sum(axis=1)
+            self._second[k] += part.transpose(0, 2, 1) @ part
 
     def covariance(self) -> Array:
-        """Returns ``[rows, n, n]``."""
-        mean = self.first / max(self.count, 1)
-        found: Array = self.second / max(self.count, 1) - mean[:, :, None] * mean[:, None, :]
+        """Returns the covariance over all samples, ``[rows, n, n]``."""
+        count = max(self.count, 1)
+        mean = self._first.sum(axis=0) / count
+        found: Array = self._second.sum(axis=0) / count - mean[:, :, None] * mean[:, None, :]
         return found
 
     def predict(self, row: int, keep: BoolArray) -> tuple[Array, Array, float]:
-        """Predicts the removed part from the kept part.
+        """Predicts the removed part from the kept part, by least squares over all samples.
 
         Args:
             row: Which row of units.
@@ -75,19 +85,52 @@ class Moments:
 
         Returns:
             M ``[removed, kept]``, c ``[removed]``, and the share of the removed part's variance
-            that stays unexplained.
+            that stays unexplained on held-out samples (on all, if none were held out).
         """
-        mean = self.first[row] / max(self.count, 1)
-        covariance = self.covariance()[row]
         kept, gone = np.flatnonzero(keep), np.flatnonzero(~keep)
-        inner = covariance[np.ix_(kept, kept)]
-        across = covariance[np.ix_(gone, kept)]
-        ridge = RIDGE * max(float(np.trace(inner)) / max(len(kept), 1), 1e-12)
-        matrix = np.linalg.solve(inner + ridge * np.eye(len(kept)), across.T).T
-        total = float(np.trace(covariance[np.ix_(gone, gone)]))
-        explained = 2 * float((matrix * across).sum()) - float((matrix @ inner * matrix).sum())
-        share = 1 - explained / total if total > 0 else 0.0
-        return matrix, mean[gone] - matrix @ mean[kept], min(max(share, 0.0), 1.0)
+        train, held, every = (self._about_mean(row, which) for which in ([0], [1], [0, 1]))
+        ridges: tuple[float, ...] = RIDGES[:1]
+        shares = [0.0]
+        if self._counts[1] and self._counts[0] > 1:
+            ridges = RIDGES
+            fits = [_least_squares(*train, kept, gone, ridge) for ridge in RIDGES]
+            shares = [_unexplained(*fit, *held, kept, gone) for fit in fits]
+        best = int(np.argmin(shares))
+        matrix, constant = _least_squares(*every, kept, gone, ridges[best])
+        if len(shares) == 1:
+            shares = [_unexplained(matrix, constant, *every, kept, gone)]
+        elif shares[best] > 1:  # the mean does better than any prediction
+            matrix, constant, shares[best] = np.zeros_like(matrix), every[0][gone], 1.0
+        return matrix, constant, shares[best]
+
+    def _about_mean(self, row: int, which: list[int]) -> tuple[Array, Array]:
+        """Returns mean ``[n]`` and covariance ``[n, n]`` over some of the samples."""
+        count = max(float(self._counts[which].sum()), 1.0)
+        mean = self._first[which, row].sum(axis=0) / count
+        return mean, self._second[which, row].sum(axis=0) / count - np.outer(mean, mean)
+
+
+def _least_squares(
+    mean: Array, covariance: Array, kept: Array, gone: Array, ridge: float
+) -> tuple[Array, Array]:
+    """Returns M and c of ``v_gone ≈ M · v_kept + c``."""
+    inner = covariance[np.ix_(kept, kept)]
+    scale = ridge * max(float(np.trace(inner)) / max(len(kept), 1), 1e-12)
+    across = covariance[np.ix_(gone, kept)]
+    matrix: Array = np.linalg.solve(inner + scale * np.eye(len(kept)), across.T).T
+    return matrix, mean[gone] - matrix @ mean[kept]
+
+
+def _unexplained(
+    matrix: Array, constant: Array, mean: Array, covariance: Array, kept: Array, gone: Array
+) -> float:
+    """Returns the mean squared error of a prediction over the variance of what is predicted."""
+    inner, across = covariance[np.ix_(kept, kept)], covariance[np.ix_(gone, kept)]
+    total = float(np.trace(covariance[np.ix_(gone, gone)]))
+    shift = mean[gone] - matrix @ mean[kept] - constant
+    error = total - 2 * float((matrix * across).sum()) + float((matrix @ inner * matrix).sum())
+    error += float(shift @ shift)
+    return max(error, 0.0) / total if total > 0 else float(error > 1e-12)
 
 
 @dataclass(eq=False)
@@ -154,6 +197,8 @@ def readings(coupling: Coupling) -> list[Reading]:
             reading.problem = "what it reads is not known"
         elif _features(cut.labels)[1] > MAX_FEATURES:
             reading.problem = f"it reads more than {MAX_FEATURES} units at once"
+        elif _bias(node) is not None and coupling.constant(_bias(node)) is None:
+            reading.problem = "its bias is no constant"
         elif node.op_type == "Einsum":
             times = _summed_besides(coupling, node, cut.index, source)
             reading.times = times or 1
@@ -170,6 +215,12 @@ def readings(coupling: Coupling) -> list[Reading]:
                     reading.extra.append(value)
         found.append(reading)
     return found
+
+
+def _bias(node: ir.Node) -> ir.Value | None:
+    """Returns the bias that a repair would be added to."""
+    index = 3 if node.op_type in GATES else 2 if node.op_type == "Conv" else None
+    return None if index is None else input_of(node, index)
 
 
 def _summed_besides(coupling: Coupling, node: ir.Node, index: int, value: ir.Value) -> int | None:
@@ -223,9 +274,9 @@ def watch(found: list[Reading], names: Mapping[int, str], batches: Iterator[Batc
             if id(reading.source) not in names:
                 reading.problem = "it is in a loop"
             else:
-                reading.moments = Moments.empty(*_features(reading.cut.labels))
+                reading.moments = Moments(*_features(reading.cut.labels))
                 if reading.is_recurrent and _gates_first(reading.cut.node):
-                    reading.gated = Moments.empty(*_features(reading.cut.labels))
+                    reading.gated = Moments(*_features(reading.cut.labels))
     shared: dict[tuple[int, tuple[int, int]], Moments] = {}
     for batch in batches:
         done: set[int] = set()
@@ -352,7 +403,7 @@ class Passage:
         read, made, squares, products, energy = (a / self.count for a in self._sums)
         inner = squares - np.outer(read, read)
         across = products - np.outer(read, made)
-        inner += RIDGE * max(float(np.diag(inner).mean()), 1e-12) * np.eye(len(inner))
+        inner += RIDGES[0] * max(float(np.diag(inner).mean()), 1e-12) * np.eye(len(inner))
         matrix = np.linalg.solve(inner, across)
         total = float((energy - np.square(made)).sum())
         explained = float((matrix * across).sum())
@@ -437,7 +488,12 @@ def repair(
             continue
         weight = coupling.constant(reading.cut.value)
         assert weight is not None
-        fold, unexplained, problem = _folded(reading, weight, keep)
+        with np.errstate(over="ignore", invalid="ignore"):
+            fold, unexplained, problem = _folded(reading, weight, keep)
+        if not np.isfinite(fold.weight).all() or not np.isfinite(fold.offset).all():
+            problem = "what it reads, or its repair, is not finite"
+            report.append(Repair(reading.name, 0, None, problem))
+            continue
         folds[reading.number] = fold
         report.append(Repair(reading.name, reading.moments.count, unexplained, problem))
     for node, index in coupling.masked:

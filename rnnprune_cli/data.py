@@ -52,8 +52,10 @@ class Dataset:
             for name, array in self.inputs.items()
         }
 
-    def take(self, samples: Array, steps: int) -> dict[str, Array]:
+    def take(self, samples: Array, steps: int | None) -> dict[str, Array]:
         """Returns one feed that holds some samples, cut to as many steps."""
+        if self.stacked:
+            return self.feed(int(samples[0]), int(samples[0]) + 1)
         return {
             name: (a[samples, :steps] if a.ndim > 1 else a[samples])
             if name in self.per_sample
@@ -167,6 +169,10 @@ def _check_targets(
         raise RnnpruneError(
             f"{path}: 'lengths' has shape {list(lengths.shape)} and type {lengths.dtype}",
             "it must hold an integer for each sample",
+        )
+    if lengths is not None and len(lengths) and int(lengths.min()) < 1:
+        raise RnnpruneError(
+            f"{path}: 'lengths' holds {int(lengths.min())}", "every sample has at least one step"
         )
 
 

@@ -176,7 +176,7 @@ def prune(options: PruneOptions, arguments: Mapping[str, Any], progress: Progres
     if stage is not None and stage.granularity in STRUCTURES and output_format != "onnx":
         raise UsageError(
             f"a {stage.granularity} can only be removed from ONNX models",
-            f"give an output with -o {options.model.stem}.onnx: the model is converted",
+            f"give an output with -o {options.model.resolve().name}.onnx: the model is converted",
         )
     _check_output(options, output, output_format)
     progress(f"reading {options.model}")

@@ -48,10 +48,10 @@ def random_samples(rng: np.random.Generator, rows: int, count: int, n: int) -> n
 def test_prediction_is_the_least_squares_solution(seed, keep):
     keep = np.array(keep)
     samples = random_samples(np.random.default_rng(seed), 2, 60, len(keep))
-    moments = Moments.empty(2, len(keep))
+    moments = Moments(2, len(keep))
     moments.add(samples)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compensate, "RIDGE", 0.0)
+        patch.setattr(compensate, "RIDGES", (0.0,))
         found = [moments.predict(row, keep) for row in range(2)]
     for own, (matrix, constant, unexplained) in zip(samples, found, strict=True):
         design = np.column_stack([own[:, keep], np.ones(len(own))])
@@ -72,7 +72,7 @@ def test_prediction_is_the_least_squares_solution(seed, keep):
 def test_batches_do_not_matter(seed, cuts):
     samples = random_samples(np.random.default_rng(seed), 2, 40, 5).astype(np.float32)
     keep = np.array([True, False, True, False, True])
-    whole, parts = Moments.empty(2, 5), Moments.empty(2, 5)
+    whole, parts = Moments(2, 5), Moments(2, 5)
     whole.add(samples)
     for part in np.split(samples, sorted(cuts), axis=1):
         parts.add(part)
@@ -83,7 +83,7 @@ def test_batches_do_not_matter(seed, cuts):
 
 
 def test_what_never_varies_becomes_a_constant():
-    moments = Moments.empty(1, 3)
+    moments = Moments(1, 3)
     samples = np.random.default_rng(0).standard_normal((1, 50, 3))
     samples[..., 2] = 0.75
     moments.add(samples)
@@ -94,7 +94,7 @@ def test_what_never_varies_becomes_a_constant():
 
 
 def test_units_that_never_vary_predict_nothing():
-    moments = Moments.empty(1, 2)
+    moments = Moments(1, 2)
     samples = np.zeros((1, 50, 2))
     samples[..., 1] = np.random.default_rng(0).standard_normal(50)
     moments.add(samples)
@@ -267,7 +267,7 @@ def distance(model: onnx.ModelProto, folder: Path, feed: dict) -> float:
 @pytest.fixture
 def no_ridge(monkeypatch):
     """What is ridged is not quite lossless."""
-    monkeypatch.setattr(compensate, "RIDGE", 1e-12)
+    monkeypatch.setattr(compensate, "RIDGES", (1e-12,))
 
 
 def assert_lossless(
@@ -522,15 +522,7 @@ READERS: dict[str, Callable[[Head], str]] = {
 }
 
 
-VECTORS = pytest.mark.xfail(
-    strict=True, raises=TypeError, reason="F1: an offset without axes is not written to"
-)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(k, marks=VECTORS) if k.endswith("vector") else k for k in READERS],
-)
+@pytest.mark.parametrize("name", READERS)
 def test_twins_are_removed_without_loss_from_every_reader(no_ridge, tmp_path, name):
     layer = Layer(direction="bidirectional")
     rng = np.random.default_rng(5)
@@ -553,19 +545,7 @@ SHARED = {
 }
 
 
-SHARED_PROBLEMS = {
-    "einsum sums directions": pytest.mark.xfail(
-        strict=True, raises=ValueError, reason="F2: the weight has an axis that the result has not"
-    ),
-    "einsum one weight": pytest.mark.xfail(
-        strict=True, reason="F3: the constant of each direction counts, but is added once"
-    ),
-}
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(k, marks=SHARED_PROBLEMS.get(k, ())) for k in SHARED]
-)
+@pytest.mark.parametrize("name", SHARED)
 def test_twins_are_removed_without_loss_where_directions_share_a_reader(no_ridge, tmp_path, name):
     layer = Layer(direction="bidirectional")
     rng = np.random.default_rng(5)
@@ -723,7 +703,6 @@ def test_units_that_never_change_go_into_biases_without_loss(no_ridge, tmp_path,
     assert distance(model, tmp_path, held_out) < TOLERANCE
 
 
-@pytest.mark.xfail(strict=True, reason="F4: padded steps get the constant of a whole kernel")
 def test_padded_edges_of_a_convolution_are_reported(no_ridge, tmp_path):
     layer, rng = Layer(), np.random.default_rng(5)
     units = twins(rng, 1)
@@ -766,10 +745,10 @@ def test_readers_in_both_branches_of_an_if_are_repaired(no_ridge, tmp_path):
     rng = np.random.default_rng(5)
     units = twins(rng, 1)
     model = branching(rng, units)
-    feed = samples(0, 64)  # batches of 32
+    feed = samples(0, 64)
     feed["x"][:32] = np.abs(feed["x"][:32])
     feed["x"][32:] = -np.abs(feed["x"][32:])
-    shrunk = shrink(model, tmp_path, dataset(feed))
+    shrunk = shrink(model, tmp_path, dataset(feed, single=True))
     assert {r.reader: r.samples for r in shrunk.repairs} == {
         "LSTM 'n1' R": 64 * (STEPS + 1),
         "MatMul 'then'": 32 * STEPS,
@@ -895,13 +874,7 @@ def test_padded_steps_of_a_model_that_is_told_lengths_are_no_samples(tmp_path):
     assert [r.samples for r in shrunk.repairs] == [steps + 24, steps]
 
 
-F5 = pytest.mark.xfail(strict=True, reason="F5: it runs with its padding")
-
-
-@pytest.mark.parametrize(
-    "direction",
-    ["forward", pytest.param("reverse", marks=F5), pytest.param("bidirectional", marks=F5)],
-)
+@pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
 def test_padding_changes_nothing_for_a_model_of_one_sample(tmp_path, direction):
     layer, rng = Layer(direction=direction), np.random.default_rng(9)
     g, x = begin(layer)

@@ -371,6 +371,13 @@ EXACT: dict[str, onnx.ModelProto] = {
         'z = Einsum<equation="tnh,tnh,h->tnh">(y, y, v)\n out = MatMul(z, w)',
         {"v": numbers(H), "w": W},
     ),
+    "a branch that is always taken, with the other's names": graph_of(
+        """z = If (yes) <then_branch = a () => (float[T,N,6] p) <float[1] k = {0.5}> {
+            p = Mul(y, k)
+        }, else_branch = b () => (float[T,N,6] q) <float[1] k = {2.0}> { q = Mul(y, k) }>
+        out = MatMul(z, w)""",
+        {"w": W, "yes": np.array(True)},
+    ),
     "dropout at rest": graph_of("z, m = Dropout(y)\n out = MatMul(z, w)", {"w": W}),
     "clipped from below by each unit's own number": graph_of(
         "z = Max(y, low)\n out = MatMul(z, w)", {"low": numbers(N, H), "w": W}, inputs=SIZES

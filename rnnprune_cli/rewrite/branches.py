@@ -127,7 +127,7 @@ def _unfold(node: ir.Node, branch: str, editor: Editor, model: ir.Model) -> None
     assert isinstance(outer, ir.Graph)
     names: Counter[str | None] = Counter()
     for around in (model.graph, *model.graph.subgraphs()):
-        names.update(around.initializers)
+        names.update(around.initializers.keys())
         names.update(v.name for n in around for v in n.outputs)
     results = list(graph.outputs)
     graph.outputs.clear()

@@ -40,7 +40,7 @@ class Fold:
     """
 
     weight: Array
-    offset: Array | None
+    offset: Array
 
 
 Folds = Mapping[int, Fold]
@@ -76,7 +76,7 @@ class _Rewriter:
             assert weight is not None
             keep = np.broadcast_to(self.keep(cut.labels.array), weight.shape)
             self.weights[place] = np.where(keep, weight, weight.dtype.type(0))
-            if fold is not None and fold.offset is not None:
+            if fold is not None:
                 self._add(nodes[id(cut.node)], cut.index, fold.offset)
 
     def keep(self, labels: IntArray) -> BoolArray:

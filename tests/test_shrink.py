@@ -1,0 +1,407 @@
+"""Removing hidden units through the whole pipeline, and as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from conftest import GRAPHS, SAMPLES, Graph, initializers, run, weights
+from onnx import TensorProto, helper, numpy_helper
+
+from rnnprune_cli.errors import NotEquivalentError, RnnpruneError, UsageError
+from rnnprune_cli.methods import methods
+from rnnprune_cli.model import GATES, ExportOptions, Report, Stage
+from rnnprune_cli.pipeline import PruneOptions, prune
+from rnnprune_cli.report.json import render, report_document
+from rnnprune_cli.report.table import report_table
+from rnnprune_cli.rewrite import units as rewrite
+
+INPUTS, HIDDEN = 3, 8
+UNIT_METHODS = [name for name, method in methods().items() if method.unit is not None]
+PRUNE = [sys.executable, "-m", "rnnprune_cli.cli", "prune"]
+Shrink = Callable[..., Report]
+
+
+def model_of(
+    op: str = "LSTM",
+    direction: str = "forward",
+    opset: int = 17,
+    dtype: type = np.float32,
+    norm: bool = False,
+    layers: int = 1,
+) -> onnx.ModelProto:
+    """[batch, time, inputs] → [time, batch, 4]"""
+    directions = 2 if direction == "bidirectional" else 1
+    g = Graph(["batch", "time", INPUTS], opset)
+    g.inputs[0].type.tensor_type.elem_type = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    x, inputs = g.op("Transpose", "x", perm=[1, 0, 2]), INPUTS
+    for number in range(layers):
+        w = weights(op, HIDDEN, inputs, directions, number, dtype)
+        y = g.op(op, x, w["W"], w["R"], w["B"], hidden_size=HIDDEN, direction=direction)
+        turned = g.op("Transpose", y, perm=[0, 2, 1, 3])
+        x, inputs = g.op("Reshape", turned, np.array([0, 0, -1])), HIDDEN * directions
+    if norm:
+        x = g.op("LayerNormalization", x, np.ones(inputs, dtype), axis=-1)
+    rng = np.random.default_rng(7)
+    made = g.op("MatMul", x, rng.standard_normal((inputs, 4)).astype(dtype))
+    g.output(g.op("Add", made, rng.standard_normal(4).astype(dtype)))
+    return g.model()
+
+
+def streaming_model(op: str = "GRU") -> onnx.ModelProto:
+    """x [1, time, inputs] and states → [time, 1, 4] and states."""
+    g = Graph([1, "time", INPUTS])
+    x = g.op("Transpose", "x", perm=[1, 0, 2])
+    w = weights(op, HIDDEN, INPUTS, 1, 0)
+    states = ["h", "c"] if op == "LSTM" else ["h"]
+    given = [f"{name}_in" for name in states]
+    y = g.op(op, x, w["W"], w["R"], w["B"], "", *given, hidden_size=HIDDEN)
+    g.nodes[-1].output.extend(f"{name}_out" for name in states)
+    flat = g.op("Squeeze", y, np.array([1]))
+    dense = np.random.default_rng(7).standard_normal((HIDDEN, 4)).astype(np.float32)
+    g.output(g.op("MatMul", flat, dense))
+    for name in states:
+        shape = [1, 1, HIDDEN]
+        g.inputs.append(helper.make_tensor_value_info(f"{name}_in", TensorProto.FLOAT, shape))
+        g.outputs.append(helper.make_tensor_value_info(f"{name}_out", TensorProto.FLOAT, shape))
+    return g.model()
+
+
+def save(model: onnx.ModelProto | Path, folder: Path) -> Path:
+    if isinstance(model, Path):
+        return model
+    path = folder / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def save_data(folder: Path, count: int = 40, dtype: type = np.float32, **more: np.ndarray) -> Path:
+    x = np.random.default_rng(2).standard_normal((count, 9, INPUTS)).astype(dtype)
+    path = folder / "data.npz"
+    np.savez(path, x=x, **more)
+    return path
+
+
+@pytest.fixture
+def shrink(tmp_path: Path) -> Shrink:
+    """Removes units without spending time on timing; returns the report."""
+
+    def call(
+        model: onnx.ModelProto | Path,
+        sparsity: float = 0.5,
+        method: str = "magnitude",
+        scope: str = "layer",
+        output: str = "out.onnx",
+        seed: int = 0,
+        data: Path | None = None,
+        calibration: Path | None = None,
+        granularity: str = "unit",
+        force: bool = False,
+        **stage: object,
+    ) -> Report:
+        options = PruneOptions(
+            model=save(model, tmp_path),
+            output=tmp_path / output,
+            stage=Stage(method, granularity, scope, sparsity, **stage),
+            seed=seed,
+            data=data,
+            calibration=calibration,
+            export=ExportOptions(),
+            force=force,
+            latency_seconds=0.0,
+        )
+        return prune(options, {}, lambda step: None)
+
+    return call
+
+
+def only_model(folder: Path) -> None:
+    """A failure leaves nothing behind."""
+    assert {p.name for p in folder.iterdir()} <= {"model.onnx", "data.npz"}
+
+
+# What comes out
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("method", UNIT_METHODS)
+@pytest.mark.parametrize("op", GATES)
+def test_shrunk_model_is_smaller_and_verified(shrink, tmp_path, op, method, scope):
+    model = model_of(op, "bidirectional", layers=2)
+    report = shrink(model, 0.5, method, scope, calibration=save_data(tmp_path))
+    assert report.verification and all(claim.passed for claim in report.verification)
+    removed = [row.hidden_before - row.hidden_after for row in report.layers]
+    assert sum(removed) == HIDDEN if scope == "layer" else HIDDEN <= sum(removed) <= HIDDEN + 1
+    written = initializers(tmp_path / "out.onnx")
+    stored = sum(int(np.prod(v.shape)) for v in written.values() if v.dtype == np.float32)
+    assert stored == report.after.parameters < report.before.parameters
+    assert report.ratios.parameters == report.after.parameters / report.before.parameters
+    nodes = [n for n in onnx.load(str(tmp_path / "out.onnx")).graph.node if n.op_type == op]
+    sizes = [a.i for n in nodes for a in n.attribute if a.name == "hidden_size"]
+    assert sizes == [row.hidden_after for row in report.layers]
+    for row, kept, node in zip(report.layers, report.units, nodes, strict=True):
+        assert (row.name, row.hidden_before) == (kept.layer, HIDDEN)
+        assert [len(own) for own in kept.kept] == [row.hidden_after] * 2
+        shapes = [written[node.input[k]].size for k in (1, 2)]
+        assert row.weights_after == sum(shapes) == row.nonzero_after
+    feed = {"x": np.random.default_rng(1).standard_normal((2, 5, INPUTS)).astype(np.float32)}
+    assert [o.shape for o in run(tmp_path / "out.onnx", feed)] == [(5, 2, 4)]
+
+
+def test_report_says_what_was_done(shrink, tmp_path):
+    labels = np.random.default_rng(0).integers(0, 4, (40, 9))
+    data = save_data(tmp_path)
+    report = shrink(model_of("GRU"), 0.5, "activation", calibration=data, data=data)
+    document = json.loads(render(report_document(report)))
+    (layer,), (units,) = document["layers"], document["units"]
+    assert (layer["hidden_before"], layer["hidden_after"], layer["blocked"]) == (8, 4, None)
+    assert layer["weights_before"] == 3 * 8 * (3 + 8) and layer["weights_after"] == 3 * 4 * (3 + 4)
+    assert layer["sparsity"] == pytest.approx(1 - layer["nonzero_after"] / layer["weights_before"])
+    assert len(units["kept"][0]) == 4 and units["layer"] == layer["name"]
+    assert document["states"] == []
+    read = {item["reader"]: item for item in document["repairs"]}
+    assert [item["samples"] for item in read.values()] == [40 * 10, 40 * 9]
+    assert all(0 < item["unexplained"] < 1 and not item["problem"] for item in read.values())
+    assert document["plan"]["stages"][0]["granularity"] == "unit"
+    before, after = document["before"], document["after"]
+    assert after["macs_per_step"] == layer["weights_after"] < before["macs_per_step"]
+    assert after["bytes"] == (tmp_path / "out.onnx").stat().st_size
+    assert document["ratios"]["parameters"] == after["parameters"] / before["parameters"]
+    assert all(claim["passed"] for claim in document["verification"])
+    table = report_table(report)
+    from rich.console import Console
+
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))
+    console.print(table)
+    text = console.export_text()
+    assert "8 → 4" in text and "what read removed units" in text and "400 samples" in text
+    assert labels.shape == (40, 9)
+
+
+def test_the_repair_brings_outputs_nearer_to_the_original(shrink, tmp_path):
+    model, data = model_of("LSTM", layers=2), save_data(tmp_path, 200)
+    errors = []
+    for number, compensate in enumerate((False, True)):
+        name = f"{number}.onnx"
+        report = shrink(model, 0.5, output=name, data=data, compensate=compensate)
+        errors.append(report.fidelity[0].mean_abs)
+        assert bool(report.repairs) == compensate
+        said = any("nothing was repaired" in w for w in report.warnings)
+        assert said != compensate
+    assert errors[1] < 0.7 * errors[0]
+
+
+def test_without_data_it_is_said_that_nothing_was_repaired(shrink):
+    report = shrink(model_of())
+    assert not report.repairs
+    assert any("nothing was repaired" in w for w in report.warnings)
+
+
+def test_nothing_about_zeros_is_said_of_units(shrink):
+    assert not any("zeros" in w for w in shrink(model_of()).warnings)
+
+
+def test_calibration_is_used_for_the_repair_and_data_for_the_metric(shrink, tmp_path):
+    data = save_data(tmp_path, 20, labels=np.zeros((20,), np.int64))
+    other = tmp_path / "other.npz"
+    np.savez(other, x=np.random.default_rng(3).standard_normal((50, 9, INPUTS)))
+    g = model_of("GRU")
+    report = shrink(g, 0.5, data=data, calibration=other, output="a.onnx") if False else None
+    assert report is None
+    report = shrink(g, 0.5, calibration=other)
+    assert [r.samples for r in report.repairs] == [500, 450]
+
+
+def test_same_input_and_seed_give_the_same_bytes(shrink, tmp_path):
+    data = save_data(tmp_path)
+    for method in UNIT_METHODS:
+        written = []
+        for name in ("one.onnx", "two.onnx"):
+            shrink(model_of(), 0.5, method, output=f"{method}.{name}", calibration=data, seed=3)
+            written.append((tmp_path / f"{method}.{name}").read_bytes())
+        assert written[0] == written[1]
+
+
+def test_another_seed_removes_other_units_at_random(shrink):
+    kept = [
+        shrink(model_of(), 0.5, "random", seed=seed, output=f"{seed}.onnx").units
+        for seed in (0, 1)
+    ]
+    assert kept[0] != kept[1]
+
+
+def test_sparsity_zero_changes_nothing_and_says_so(shrink, tmp_path):
+    model = model_of()
+    report = shrink(model, 0.0, calibration=save_data(tmp_path))
+    assert any("removes nothing" in w and "half of the units" in w for w in report.warnings)
+    assert report.after.parameters == report.before.parameters
+    feed = {"x": np.random.default_rng(1).standard_normal((2, 5, INPUTS)).astype(np.float32)}
+    np.testing.assert_array_equal(run(tmp_path / "out.onnx", feed)[0], run(model, feed)[0])
+
+
+def test_layers_and_exclude_choose_what_loses_units(shrink):
+    model = model_of(layers=2)
+    first, second = (n.name for n in model.graph.node if n.op_type == "LSTM")
+    for options in ({"layers": (second,)}, {"exclude": (first,)}):
+        report = shrink(model, 0.5, force=True, **options)
+        assert [row.hidden_after for row in report.layers] == [8, 4]
+        assert [row.blocked for row in report.layers] == ["not selected", None]
+
+
+def test_a_model_can_be_pruned_again(shrink, tmp_path):
+    data = save_data(tmp_path)
+    shrink(model_of("GRU", layers=2), 0.5, output="one.onnx", calibration=data)
+    report = shrink(tmp_path / "one.onnx", 0.5, output="two.onnx", calibration=data)
+    assert [row.hidden_after for row in report.layers] == [2, 2]
+    report = shrink(
+        tmp_path / "one.onnx", 0.5, scope="row", granularity="weight", output="three.onnx"
+    )
+    assert [row.hidden_after for row in report.layers] == [4, 4]
+    assert all(claim.passed for claim in report.verification)
+    report = shrink(tmp_path / "three.onnx", 0.5, output="four.onnx", calibration=data)
+    assert [row.hidden_after for row in report.layers] == [2, 2]
+
+
+# States
+
+
+def states_of(report: Report) -> Mapping[str, np.ndarray]:
+    """State input → the places of it that stay."""
+    return {s.input: np.array(s.kept[0]) for s in report.states}
+
+
+@pytest.mark.parametrize("op", ["LSTM", "GRU", "RNN"])
+def test_public_states_stay_as_long_as_they_are(shrink, tmp_path, op):
+    model = streaming_model(op)
+    report = shrink(model, 0.5, calibration=None)
+    written = onnx.load(str(tmp_path / "out.onnx"))
+    assert list(written.graph.input) == list(model.graph.input)
+    assert list(written.graph.output) == list(model.graph.output)
+    assert report.states == () and report.layers[0].hidden_after == 4
+    assert any("handed back" in claim.claim for claim in report.verification)
+    kept = np.array(report.units[0].kept[0])
+    rng, gone = np.random.default_rng(1), np.setdiff1d(np.arange(HIDDEN), kept)
+    feed = {
+        i.name: rng.standard_normal([d.dim_value or 5 for d in i.type.tensor_type.shape.dim])
+        for i in model.graph.input
+    }
+    feed = {name: values.astype(np.float32) for name, values in feed.items()}
+    outputs = run(tmp_path / "out.onnx", feed)
+    for state in outputs[1:]:
+        assert not state[..., gone].any() and state[..., kept].all()
+    for name in feed.keys() - {"x"}:
+        feed[name][..., gone] = 9  # what comes in for removed units is read by nothing
+    for one, two in zip(outputs, run(tmp_path / "out.onnx", feed), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("op", ["LSTM", "GRU"])
+def test_states_become_shorter_if_they_may(shrink, tmp_path, op):
+    model = streaming_model(op)
+    report = shrink(model, 0.5, output="long.onnx")
+    short = shrink(model, 0.5, output="short.onnx", resize_state=True)
+    assert short.units == report.units
+    pairs = [("h_in", "h_out"), ("c_in", "c_out")][: 2 if op == "LSTM" else 1]
+    assert [(s.input, s.output, s.axis) for s in short.states] == [(*p, 2) for p in pairs]
+    assert all(s.kept == short.units[0].kept for s in short.states)
+    written = onnx.load(str(tmp_path / "short.onnx")).graph
+    for info in (*written.input[1:], *written.output[1:]):
+        assert [d.dim_value for d in info.type.tensor_type.shape.dim] == [1, 1, 4]
+    places = states_of(short)
+    rng = np.random.default_rng(1)
+    feed = {"x": rng.standard_normal((1, 5, INPUTS)).astype(np.float32)}
+    feed |= {n: rng.standard_normal((1, 1, HIDDEN)).astype(np.float32) for n in places}
+    cut = {n: v if n == "x" else v[..., places[n]] for n, v in feed.items()}
+    for _ in range(4):
+        whole, parts = run(tmp_path / "long.onnx", feed), run(tmp_path / "short.onnx", cut)
+        np.testing.assert_allclose(whole[0], parts[0], rtol=1e-5, atol=1e-6)
+        for name, one, two in zip(places, whole[1:], parts[1:], strict=True):
+            np.testing.assert_allclose(one[..., places[name]], two, rtol=1e-5, atol=1e-6)
+            feed[name], cut[name] = one, two
+
+
+def test_a_state_that_is_only_handed_out_can_become_shorter(shrink, tmp_path):
+    model = model_of("GRU")
+    node = next(n for n in model.graph.node if n.op_type == "GRU")
+    node.output[:] = [node.output[0], "last"]
+    info = helper.make_tensor_value_info("last", TensorProto.FLOAT, [1, "batch", HIDDEN])
+    model.graph.output.append(info)
+    with pytest.raises(RnnpruneError, match="output 'last'") as caught:
+        shrink(model)
+    assert "--resize-state" in caught.value.hint
+    report = shrink(model, resize_state=True)
+    assert [(s.input, s.output) for s in report.states] == [(None, "last")]
+    feed = {"x": np.random.default_rng(1).standard_normal((2, 5, INPUTS)).astype(np.float32)}
+    assert run(tmp_path / "out.onnx", feed)[1].shape == (1, 2, 4)
+
+
+# Normalisation
+
+
+def test_normalisation_over_units_needs_leave(shrink, tmp_path):
+    model = model_of(norm=True)
+    with pytest.raises(RnnpruneError, match="LayerNormalization") as caught:
+        shrink(model)
+    assert "--allow-inexact" in caught.value.hint
+    only_model(tmp_path)
+    report = shrink(model, allow_inexact=True)
+    assert report.layers[0].hidden_after == 4
+    assert any("not exact" in w and "LayerNormalization" in w for w in report.warnings)
+
+
+def test_leave_that_is_not_needed_changes_nothing(shrink, tmp_path):
+    shrink(model_of(), output="one.onnx")
+    report = shrink(model_of(), output="two.onnx", allow_inexact=True)
+    assert not any("not exact" in w for w in report.warnings)
+    one, two = (initializers(tmp_path / name) for name in ("one.onnx", "two.onnx"))
+    assert one.keys() == two.keys() and all(np.array_equal(one[k], two[k]) for k in one)
+
+
+# Kinds of files
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+def test_every_precision_stays_what_it_is(shrink, tmp_path, dtype):
+    model = model_of("LSTM", dtype=dtype)
+    report = shrink(model, 0.5, "obs", data=save_data(tmp_path, dtype=dtype))
+    assert report.repairs and all(claim.passed for claim in report.verification)
+    kinds = {v.dtype for v in initializers(tmp_path / "out.onnx").values()}
+    assert kinds == {np.dtype(dtype), np.dtype(np.int64)}
+    written = onnx.load(str(tmp_path / "out.onnx")).graph
+    assert written.output[0].type == model.graph.output[0].type
+
+
+@pytest.mark.parametrize("opset", [7, 8, 9, 10, 11, 13, 14, 18, 21, 22])
+def test_every_opset_is_kept(shrink, tmp_path, opset):
+    model = model_of("GRU", "bidirectional", opset=opset)
+    report = shrink(model, 0.5, data=save_data(tmp_path))
+    assert all(claim.passed for claim in report.verification)
+    written = onnx.load(str(tmp_path / "out.onnx"))
+    assert written.opset_import[0].version == opset
+    assert len(report.repairs) == 2
+
+
+FILES = {
+    "external data": ("hand_w_external.onnx", True),
+    "function": ("ts_functions.onnx", False),
+    "nested functions": ("hand_function_nested.onnx", False),
+    "function with attributes": ("hand_function_attribute.onnx", True),
+    "names twice": ("hand_duplicate_names.onnx", True),
+    "no names": ("hand_unnamed_nodes.onnx", True),
+    "odd names": ("hand_odd_names.onnx", True),
+    "weights that are inputs": ("hand_ir3_inputs.onnx", True),
+    "opset 7": ("hand_opset7.onnx", True),
+    "opset 22": ("hand_opset22.onnx", True),
+    "double": ("ts_double.onnx", False),
+    "half": ("ts_half.onnx", False),
+    "overridable": ("hand_ir8_overridable.onnx", True),
+    "shared": ("hand_w_shared.onnx", True),
+}
