@@ -53,7 +53,7 @@ from rnnprune_cli.rewrite.layers import LinearMap, bypass, imitate, obstacle
 from rnnprune_cli.rewrite.units import Folds, mask, shrink
 from rnnprune_cli.runtime import first_line
 from rnnprune_cli.units import choose
-from rnnprune_cli.verify import verify_runs, verify_same
+from rnnprune_cli.verify import RELATIVE_TOLERANCE, verify_runs, verify_same
 
 PREPARED = "with nothing removed, the model computes what the original computes"
 WITHOUT_LAYERS = "the model without layers computes what linear operators in their place compute"
@@ -225,6 +225,12 @@ def remove_units(task: Task) -> Shrunk:
         found = readings(coupling)
         values = [v for r in found for v in (r.source, *r.extra) if v is not None]
         watch(found, *task.batches(coupling.model, values, _paired(coupling)))
+        problems = [reading.problem for reading in found if reading.problem]
+        if method.needs_data and problems and len(problems) == len(found):
+            raise RnnpruneError(
+                f"method '{method.name}' cannot see what the data make of units: {problems[0]}",
+                "--method magnitude needs no data",
+            )
     task.progress("scoring units")
     scores = method.unit(_figures(coupling, found), np.random.default_rng(task.seed))
     root = coupling.classes.of(np.arange(len(coupling.classes)))
@@ -286,7 +292,8 @@ def _without_unread(
     result.skipped = model.skipped
     names = [o.name for o in task.model.open(task.threads).outputs]
     runners = model.open(task.threads), result.open(task.threads)
-    claim = verify_runs(UNREAD, *runners, task.feeds, names, task.made_up)
+    relative = _tolerance(task.model)
+    claim = verify_runs(UNREAD, *runners, task.feeds, names, task.made_up, relative)
     return result, [f"{count} input features that no weight reads are left out, too"], [claim]
 
 
@@ -478,6 +485,12 @@ def _warnings(
             f"the repair was worked out on {min(few)} steps for up to {max(kept)} units: give more"
             " data, ten times as many steps as units"
         )
+    inputs = {id(cut.value) for cut in coupling.cuts if cut.graph is None}
+    overridable = [
+        v.name or "" for v in coupling.model.graph.inputs if v.is_initializer() and id(v) in inputs
+    ]
+    if overridable:
+        found.append(f"weights that callers could override are constants now: {overridable[0]}, …")
     inexact = [
         f"{node.op_type} '{node.name or node.outputs[0].name}'"
         for node in coupling.inexact
@@ -544,14 +557,22 @@ def _verified(
     names = [o.name for o in original.outputs]
     unchanged = task.opened(whole, "prepared").open(threads)
     one, two = reference.open(threads), result.open(threads)
+    relative = _tolerance(task.model)
     claims = [
-        verify_runs(PREPARED, original, unchanged, feeds, names, task.made_up),
-        verify_runs(claim, one, two, feeds, names, task.made_up),
+        verify_runs(PREPARED, original, unchanged, feeds, names, task.made_up, relative),
+        verify_runs(claim, one, two, feeds, names, task.made_up, relative),
     ]
     if states:
         first, second = (_streamed(runner, feeds, names, states) for runner in (one, two))
-        claims.append(verify_same(STREAMED.format(steps=STREAMED_STEPS), first, second))
+        streamed = STREAMED.format(steps=STREAMED_STEPS)
+        claims.append(verify_same(streamed, first, second, relative))
     return tuple(claims)
+
+
+def _tolerance(model: OnnxModel) -> float:
+    """Returns by how much outputs may differ: two steps of the coarsest type inside."""
+    steps = [2 * float(np.finfo(layer.w.dtype).eps) for layer in model.layers]
+    return max(RELATIVE_TOLERANCE, *steps)
 
 
 def _streamed(

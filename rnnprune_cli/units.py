@@ -74,13 +74,14 @@ class _Group:
         From the lowest score on, a class goes if all its rows can lose more. If rows that must
         lose equally many do not, all of them lose as many as the one that lost least.
         """
-        left = [
-            min(int(np.rint(len(row) * share)) if shared else len(row), len(row) - 1)
-            for row, shared in zip(self.rows, self.shared, strict=True)
-        ]
+        left: list[int] = []
         places: dict[int, list[tuple[int, int]]] = defaultdict(list)
-        for number, own in enumerate(self.rows):
+        for number, (own, shared) in enumerate(zip(self.rows, self.shared, strict=True)):
             present, counts = np.unique(own, return_counts=True)
+            # Rows that repeat the same units, such as those of all gates, round as these do.
+            times = int(counts[0]) if (counts == counts[0]).all() else 1
+            most = len(own) // times
+            left.append(times * min(round(most * share) if shared else most, most - 1))
             for each, count in zip(present.tolist(), counts.tolist(), strict=True):
                 places[each].append((number, count))
         while True:

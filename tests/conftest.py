@@ -133,9 +133,7 @@ class Graph:
         return made[0]
 
     def output(self, value: str) -> None:
-        info = helper.make_empty_tensor_value_info(value)
-        info.type.tensor_type.elem_type = TensorProto.FLOAT
-        self.outputs.append(info)
+        self.outputs.append(helper.make_empty_tensor_value_info(value))
 
     def model(self) -> onnx.ModelProto:
         graph = helper.make_graph(self.nodes, "g", self.inputs, self.outputs, self.tensors)

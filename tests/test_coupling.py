@@ -35,12 +35,15 @@ def run(proto: onnx.ModelProto, feed: Mapping[str, Array]) -> list[Array]:
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_random_graph_without_units_equals_its_independent_reference(chunk: int) -> None:
+    blocked = []
     for seed in range(chunk * CHUNK, (chunk + 1) * CHUNK):
         graph = random_graph(seed)
         scope = ("layer", "global")[seed % 2]
         found = remove(graph.model, (0.25, 0.5, 0.75)[seed % 3], seed, scope)
         if found.shrunk is None or found.masked is None:
             assert found.blocked
+            if not any(name.startswith("block:") for name in graph.patterns):
+                blocked.append(seed)
             continue
         onnx.checker.check_model(found.shrunk, full_check=True)
         oracle = graph.masked(found.kept)
@@ -48,13 +51,7 @@ def test_random_graph_without_units_equals_its_independent_reference(chunk: int)
             expected = run(oracle, feed)
             assert distance(expected, run(found.masked, feed)) <= TOLERANCE, seed
             assert distance(expected, run(found.shrunk, feed)) <= TOLERANCE, seed
-
-
-def test_random_graphs_are_rarely_blocked() -> None:
-    graphs = [random_graph(seed) for seed in range(200)]
-    free = [g for g in graphs if not any(p.startswith("block:") for p in g.patterns)]
-    whole = [g.seed for g in free if remove(g.model, 0.5, g.seed).shrunk is None]
-    assert len(whole) <= 0.02 * len(free), whole
+    assert len(blocked) <= 1, blocked  # such as two units of which each half has one
 
 
 @pytest.mark.parametrize("seed", range(60))

@@ -58,7 +58,9 @@ class Removal:
 
 def coupled(proto: onnx.ModelProto, **options: bool) -> Coupling:
     """Returns the coupling of a model, as the pipeline makes it."""
-    model = ir.from_proto(proto)
+    own = onnx.ModelProto()
+    own.CopyFrom(proto)  # onnx-ir renames the tensors of what it reads
+    model = ir.from_proto(own)
     shapes.complete(model)
     settle(model, FILE_BYTES)
     return Coupling(model, find(Walker(model), FILE_BYTES), FILE_BYTES, **options)

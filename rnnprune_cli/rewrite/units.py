@@ -135,6 +135,12 @@ class _Rewriter:
     def finish(self) -> None:
         """Removes what nothing reads, and what was known about shapes."""
         self.editor.clean(self.replaced)
+        for old in self.replaced:
+            graph = old.graph
+            both = old.is_initializer() and old.is_graph_input() and not old.is_graph_output()
+            if isinstance(graph, ir.Graph) and both and not old.uses():
+                graph.initializers.pop(old.name or "", None)
+                graph.inputs.remove(old)
         names = value_names(self.c.model)
         for value, name in self._names:
             if name not in names:
@@ -244,7 +250,9 @@ def mask(coupling: Coupling, removed: BoolArray, folds: Folds, resize_state: boo
         assert labels is not None and value is not None
         inner.replace_input_with(index, _times(r, inner, value, labels))
     for inner in coupling.inexact:
-        _without_removed(r, inner)
+        labels = coupling.of(inner.inputs[0])
+        if labels is not None and not r.keep(labels.array).all():
+            _without_removed(r, inner)
     for state in coupling.states:
         for index, output in enumerate(coupling.model.graph.outputs):
             labels = coupling.of(output)
@@ -333,7 +341,10 @@ def _without_removed(r: _Rewriter, node: ir.Node) -> None:
     labels = r.c.of(value)
     assert value is not None and labels is not None
     keep, axis, e = r.keep(labels.array), labels.axis, r.editor
-    dtype = np.dtype(np.float32) if value.dtype is None else value.dtype.numpy()
+    own_type = np.dtype(np.float32) if value.dtype is None else value.dtype.numpy()
+    # Runtimes work out means of half-precision numbers in single precision.
+    half = own_type == np.float16 and node.op_type == "LayerNormalization"
+    dtype = np.dtype(np.float32) if half else own_type
     share = np.asarray(keep.shape[axis] / max(_kept(r, labels), 1), dtype)
 
     def one(op_type: str, *inputs: ir.Value, **attributes: object) -> ir.Value:
@@ -346,7 +357,8 @@ def _without_removed(r: _Rewriter, node: ir.Node) -> None:
 
     ones = number(keep)
     largest = {"ReduceMin": -1.0}.get(node.op_type, 1.0) * float(np.finfo(dtype).min)
-    aside = one("Mul", value, ones)
+    whole = one("Cast", value, to=ir.DataType.FLOAT.value) if half else value
+    aside = one("Mul", whole, ones)
     far = one("Add", aside, number(np.where(keep, 0, largest)))
     if node.op_type == "LayerNormalization":
         at = (node.attributes.get_int("axis", -1) or 0) % keep.ndim
@@ -361,6 +373,7 @@ def _without_removed(r: _Rewriter, node: ir.Node) -> None:
         spread = mean(one("Mul", apart, apart))
         epsilon = node.attributes.get_float("epsilon", 1e-5)
         new = one("Div", apart, one("Sqrt", one("Add", spread, number(epsilon))))
+        new = one("Cast", new, to=ir.DataType.FLOAT16.value) if half else new
         for op_type, index in (("Mul", 1), ("Add", 2)):
             if (own := input_of(node, index)) is not None:
                 new = one(op_type, new, own)
