@@ -53,6 +53,8 @@ MAX_INLINE_BYTES = 1_900 << 20
 """A protobuf file holds less than 2 GiB; larger models keep their weights beside it."""
 MAX_UNPACKED_BYTES = 128 << 20
 """Larger weights are not packed unasked: unpacking takes about five times their size."""
+MAX_COPIED_BYTES = 4096
+"""External tensors up to this size are copied; onnx-ir keeps those below 256 in the model file."""
 PROVENANCE = "rnnprune"
 """Key of ``metadata_props`` under which tool version and plan are written."""
 
@@ -337,6 +339,12 @@ class OnnxModel(LoadedModel):
     ) -> tuple[Path, ...]:
         if self._external:
             data = f"{path.name}.data"
+            for value in _constants(model):
+                tensor = value.const_value
+                if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes <= MAX_COPIED_BYTES:
+                    # onnx-ir would close their memory map, which someone may still look at.
+                    copy = np.array(tensor.numpy())
+                    value.const_value = ir.tensor(copy, tensor.dtype, name=tensor.name)
             ir.save(model, path, external_data=data)
             return tuple(p for p in (path, path.parent / data) if p.exists())
         proto = ir.to_proto(model)

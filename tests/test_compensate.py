@@ -954,7 +954,6 @@ def test_states_that_are_given_are_not_replaced(tmp_path):
     assert found[0] != found[1]
 
 
-@pytest.mark.xfail(strict=True, reason="F6: the offset takes the place of the bias")
 def test_a_bias_that_is_an_input_stays(no_ridge, tmp_path):
     rng = np.random.default_rng(3)
     units = twins(rng, 1)
