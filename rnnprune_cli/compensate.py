@@ -500,7 +500,7 @@ def repair(
         labels = coupling.of(node.inputs[index])
         if labels is not None and removed[coupling.classes.of(labels.array)].any():
             name = f"{node.op_type} '{node.name or node.outputs[0].name}'"
-            report.append(Repair(name, 0, None, "both factors are computed at run time"))
+            report.append(Repair(name, 0, None, "it has no weights: all it reads is computed at run time"))
     return folds, report
 
 

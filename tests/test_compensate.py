@@ -969,3 +969,61 @@ def test_a_bias_that_is_an_input_stays(no_ridge, tmp_path):
     shrunk = shrink(model, tmp_path, data, held_out)
     repaired = all(r.problem is None for r in shrunk.repairs)
     assert distance(model, tmp_path, held_out) < (TOLERANCE if repaired else 0.1)
+
+
+# What cannot be repaired is said
+
+
+def _live_bias(h: Head) -> str:
+    h.g.inputs.append(helper.make_tensor_value_info("bias", TensorProto.FLOAT, [4]))
+    w = np.ascontiguousarray(np.moveaxis(h.w(4, 1), 1, 2))
+    return h.g.op("Conv", h.channels, w, "bias", kernel_shape=[1])
+
+
+def _conv_transpose(h: Head) -> str:
+    w = np.ascontiguousarray(np.moveaxis(h.w(4, 3), 2, 0))
+    return h.g.op("ConvTranspose", h.channels, w, kernel_shape=[3])
+
+
+def _over_time(h: Head) -> str:
+    return h.g.op("Einsum", h.seq, np.ascontiguousarray(h.w(4).T), equation="tnf,fo->no")
+
+
+def _attention(h: Head) -> str:
+    score = h.g.op("MatMul", h.batch_first, h.channels)
+    return h.g.op("MatMul", h.g.op("Softmax", score, axis=-1), h.b(STEPS, 2))
+
+
+NOT_REPAIRED = {
+    "bias that is an input": (_live_bias, "its bias is no constant"),
+    "transposed convolution": (_conv_transpose, "differs by place"),
+    "sum over time": (_over_time, "it sums over steps"),
+    "product of two values": (_attention, "both factors are computed at run time"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_REPAIRED)
+def test_what_is_not_repaired_is_said_and_the_rest_is(no_ridge, tmp_path, name):
+    build, words = NOT_REPAIRED[name]
+    rng = np.random.default_rng(5)
+    units = twins(rng, 1)
+    g, x = begin(Layer())
+    y = add_layer(g, rng, x, Layer(), units)
+    g.output(build(Head(g, rng, y, units)))
+    bias = {"bias": np.float32([5, -5, 3, 7])} if name.startswith("bias") else {}
+    data = Dataset({**samples(0), **bias}, frozenset({"x"}), frozenset(), False, 24, {}, None)
+    shrunk = shrink(g.model(), tmp_path, data, {**samples(1, 5), **bias})
+    first, *rest = shrunk.repairs
+    assert (first.reader, first.problem, first.samples) == ("LSTM 'n1' R", None, 24 * 7)
+    assert rest and all(words in r.problem and r.samples == 0 for r in rest)
+    assert all(r.unexplained is None for r in rest)
+
+
+def test_readers_of_too_many_units_are_not_repaired(tmp_path, monkeypatch):
+    monkeypatch.setattr(compensate, "MAX_FEATURES", 2 * UNITS)
+    layer, rng = Layer(direction="bidirectional"), np.random.default_rng(5)
+    units = twins(rng, 2)
+    g, x = begin(layer)
+    model = head(g, rng, add_layer(g, rng, x, layer, units), units)
+    shrunk = shrink(model, tmp_path, dataset(samples(0)))
+    assert [r.problem for r in shrunk.repairs] == [None, "it reads more than 8 units at once"]
