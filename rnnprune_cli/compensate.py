@@ -500,7 +500,8 @@ def repair(
         labels = coupling.of(node.inputs[index])
         if labels is not None and removed[coupling.classes.of(labels.array)].any():
             name = f"{node.op_type} '{node.name or node.outputs[0].name}'"
-            report.append(Repair(name, 0, None, "it has no weights: all it reads is computed at run time"))
+            problem = "it has no weights: all it reads is computed at run time"
+            report.append(Repair(name, 0, None, problem))
     return folds, report
 
 
@@ -508,7 +509,8 @@ def _folded(reading: Reading, weight: Array, keep: BoolArray) -> tuple[Fold, flo
     """Returns a reader's repair, the unexplained share (mean over rows), and what is left out."""
     axis, labels = reading.cut.labels.axis, reading.cut.labels
     assert reading.moments is not None
-    moved = np.moveaxis(weight.astype(np.float64), axis, -1).copy()
+    new = np.array(weight)
+    moved = np.moveaxis(new, axis, -1)  # a view: what is put there is in the new weight
     offset = np.zeros(moved.shape[:-1])
     rows = np.moveaxis(keep, axis, -1).reshape(-1, keep.shape[axis])
     unexplained, problem = [], None
@@ -516,8 +518,8 @@ def _folded(reading: Reading, weight: Array, keep: BoolArray) -> tuple[Fold, flo
         part = moved[where]
         matrix, constant, share = reading.moments.predict(number, row)
         unexplained.append(share)
-        inner, gone = part[..., row], part[..., ~row]
-        inner = inner + gone @ matrix
+        gone = part[..., ~row].astype(np.float64)
+        inner = part[..., row] + gone @ matrix
         extra = gone @ constant
         if reading.gated is not None:
             # The rows of the new state read what the reset gate lets through.
@@ -531,7 +533,6 @@ def _folded(reading: Reading, weight: Array, keep: BoolArray) -> tuple[Fold, flo
                 problem = "the new state is not repaired: its reset gate has another activation"
         part[..., row] = inner
         offset[where] = extra
-    new = np.moveaxis(moved, -1, axis).astype(weight.dtype)
     if _is_padded(reading.cut.node):
         problem = "at padded edges what stands for the mean of the removed units is too much"
     return Fold(new, _shaped(reading, offset, weight)), float(np.mean(unexplained)), problem

@@ -552,20 +552,22 @@ def _verified(
     states: Mapping[str, str],
 ) -> tuple[Claim, ...]:
     """Holds the model that is worked on against the original, and the result against its own."""
-    feeds, threads = task.feeds, task.threads
-    original = task.model.open(threads)
-    names = [o.name for o in original.outputs]
-    unchanged = task.opened(whole, "prepared").open(threads)
-    one, two = reference.open(threads), result.open(threads)
-    relative = _tolerance(task.model)
-    claims = [
-        verify_runs(PREPARED, original, unchanged, feeds, names, task.made_up, relative),
-        verify_runs(claim, one, two, feeds, names, task.made_up, relative),
-    ]
+    names = [o.name for o in task.model.open(task.threads).outputs]
+
+    def compared(claim: str, first: OnnxModel, second: OnnxModel) -> Claim:
+        runners = first.open(task.threads), second.open(task.threads)
+        relative = _tolerance(task.model)
+        return verify_runs(claim, *runners, task.feeds, names, task.made_up, relative)
+
+    claims = [compared(PREPARED, task.model, task.opened(whole, "prepared"))]
+    claims.append(compared(claim, reference, result))
     if states:
-        first, second = (_streamed(runner, feeds, names, states) for runner in (one, two))
+        one, two = (
+            _streamed(model.open(task.threads), task.feeds, names, states)
+            for model in (reference, result)
+        )
         streamed = STREAMED.format(steps=STREAMED_STEPS)
-        claims.append(verify_same(streamed, first, second, relative))
+        claims.append(verify_same(streamed, one, two, _tolerance(task.model)))
     return tuple(claims)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -143,6 +144,13 @@ class Graph:
         for own, known in zip(model.graph.output, inferred.graph.output, strict=True):
             own.CopyFrom(known)
         return model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_collections() -> None:
+    """Collecting garbage, as every model does, need not look at all that was imported."""
+    gc.collect()
+    gc.freeze()
 
 
 Prune = Callable[..., Report]

