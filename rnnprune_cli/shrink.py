@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -135,6 +136,20 @@ class Task:
         self.model.write_graph(graph, path)
         return OnnxModel(path, self.model.path, self.model.lifts, resized)
 
+    def changed(
+        self,
+        name: str,
+        change: Callable[[Coupling], None],
+        resized: Mapping[str, tuple[BoolArray, int]] | None = None,
+    ) -> OnnxModel:
+        """Reads the model again, changes it, and opens the result."""
+        coupling = self.coupled()
+        change(coupling)
+        result = self.opened(coupling.model, name, resized)
+        del coupling
+        gc.collect()  # graphs refer to themselves
+        return result
+
     def batches(
         self, graph: ir.Model, values: Sequence[ir.Value], states: Mapping[str, str]
     ) -> tuple[dict[int, str], Iterator[Batch]]:
@@ -243,24 +258,25 @@ def remove_units(task: Task) -> Shrunk:
     if stage.compensate and found:
         task.progress("working out the repair")
         folds, repairs = repair(coupling, found, removed)
-    task.progress("cutting")
-    masked = task.coupled()
-    mask(masked, removed, folds, stage.resize_state)
-    cut = task.coupled()
+    blocked = _blocked(model, coupling, chosen.blocked)
+    warnings = _warnings(coupling, removed, task, repairs)
     units = tuple(
-        KeptUnits(x.name, tuple(_places(~removed[row]) for row in x.labels)) for x in cut.layers
+        KeptUnits(x.name, tuple(_places(~removed[row]) for row in x.labels))
+        for x in coupling.layers
     )
-    states, resized = _states(cut, removed) if stage.resize_state else ((), {})
-    paired = _paired(cut)
-    shrink(cut, removed, folds, stage.resize_state)
-    result = task.opened(cut.model, "shrunk", resized)
+    states, resized = _states(coupling, removed) if stage.resize_state else ((), {})
+    paired = _paired(coupling)
+    del coupling, found, scores  # a large model must not be in memory more often than need be
+    task.progress("cutting")
+    masked = task.changed("masked", lambda c: mask(c, removed, folds, stage.resize_state), resized)
+    result = task.changed(
+        "shrunk", lambda c: shrink(c, removed, folds, stage.resize_state), resized
+    )
+    nothing = np.zeros_like(removed)
+    whole = task.changed("prepared", lambda c: mask(c, nothing, {}, resize_state=False))
     result.skipped = model.skipped
     task.progress("holding it against the masked model")
-    whole = task.coupled()
-    mask(whole, np.zeros_like(removed), {}, resize_state=False)
-    claims = _verified(
-        task, whole.model, task.opened(masked.model, "masked", resized), result, SHRUNK, paired
-    )
+    claims = _verified(task, whole, masked, result, SHRUNK, paired)
     result, unused, more = _without_unread(task, result, resized)
     return Shrunk(
         result,
@@ -268,8 +284,8 @@ def remove_units(task: Task) -> Shrunk:
         units,
         states,
         tuple(repairs),
-        _blocked(model, coupling, chosen.blocked),
-        (*_warnings(coupling, removed, task, repairs), *unused),
+        blocked,
+        (*warnings, *unused),
     )
 
 
@@ -357,9 +373,9 @@ def remove_layers(task: Task) -> Shrunk:
     imitate(imitating, chosen)
     result = task.opened(without, "shrunk")
     result.skipped = model.skipped
-    claims = _verified(
-        task, prepared(model), task.opened(imitating, "masked"), result, WITHOUT_LAYERS, {}
-    )
+    whole = task.opened(prepared(model), "prepared")
+    imitation = task.opened(imitating, "masked")
+    claims = _verified(task, whole, imitation, result, WITHOUT_LAYERS, {})
     stands = "a linear map" if fit else "its input"
     repairs = [
         Repair(f"linear map for '{name}'", passages[name].count, fitted[name][2])
@@ -545,7 +561,7 @@ def _states(
 
 def _verified(
     task: Task,
-    whole: ir.Model,
+    whole: OnnxModel,
     reference: OnnxModel,
     result: OnnxModel,
     claim: str,
@@ -559,7 +575,7 @@ def _verified(
         relative = _tolerance(task.model)
         return verify_runs(claim, *runners, task.feeds, names, task.made_up, relative)
 
-    claims = [compared(PREPARED, task.model, task.opened(whole, "prepared"))]
+    claims = [compared(PREPARED, task.model, whole)]
     claims.append(compared(claim, reference, result))
     if states:
         one, two = (
