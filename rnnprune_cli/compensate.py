@@ -33,6 +33,7 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 on held-out samples is taken, the first where there are too few to hold some out."""
 HELD_OUT = 5
 """One sample of so many is held out."""
+_BLOCKS = 5 * HELD_OUT
 MAX_FEATURES = 4096
 """Of one reader: the normal equations take the square of it."""
 
@@ -40,8 +41,8 @@ MAX_FEATURES = 4096
 class Moments:
     """Sums over samples of ``v`` and ``v vᵀ``, for several rows of units.
 
-    The last samples of every block are added up apart, to tell how well a prediction does on data
-    that it was not made from.
+    Some samples are added up apart, to tell how well a prediction does on data that it was not
+    made from.
 
     Args:
         rows: Rows of units that are told apart.
@@ -63,8 +64,12 @@ class Moments:
         """Adds samples ``[rows, samples, n]``, in their order in time."""
         self._calls += 1
         size = samples.shape[1]
-        apart = size // HELD_OUT if size >= HELD_OUT else size * (self._calls % HELD_OUT == 0)
-        for k, part in enumerate(np.split(samples.astype(np.float64), [size - apart], axis=1)):
+        if size < HELD_OUT:
+            held = np.full(size, self._calls % HELD_OUT == 0)
+        else:  # from the beginning of sequences to their end, but not next to each other
+            held = np.arange(size) * min(size, _BLOCKS) // size % HELD_OUT == HELD_OUT - 1
+        values = samples.astype(np.float64)
+        for k, part in enumerate((values[:, ~held], values[:, held])):
             self._counts[k] += part.shape[1]
             self._first[k] += part.sum(axis=1)
             self._second[k] += part.transpose(0, 2, 1) @ part

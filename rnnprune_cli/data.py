@@ -140,6 +140,9 @@ def load_dataset(path: Path, specs: Sequence[TensorSpec]) -> Dataset:
     lengths = arrays.get("lengths")
     if "lengths" in stacked or (lengths is not None and not per_sample):
         lengths = None  # of the sequences inside one feed, not of samples
+    if lengths is None:  # the model may be told itself how long sequences are
+        told = [inputs[s.name] for s in specs if s.is_length and s.name in per_sample - stacked]
+        lengths = next((a for a in told if a.shape == (count,)), None)
     _check_targets(targets, lengths, count, bool(per_sample), path)
     return Dataset(
         inputs, frozenset(per_sample), frozenset(stacked), single, count, targets, lengths

@@ -238,6 +238,8 @@ class Comparison:
         for k, spec in enumerate(self._outputs):
             apart, product, one, two = (float(s) for s in self._sums[k])
             elements, positions, same = (int(c) for c in self._counts[k])
+            if elements == 0:
+                continue  # no number, or a state of another size: nothing was compared
             norm = np.sqrt(one * two)
             rows.append(
                 OutputFidelity(

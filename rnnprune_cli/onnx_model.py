@@ -55,6 +55,7 @@ MAX_UNPACKED_BYTES = 128 << 20
 """Larger weights are not packed unasked: unpacking takes about five times their size."""
 MAX_COPIED_BYTES = 4096
 """External tensors up to this size are copied; onnx-ir keeps those below 256 in the model file."""
+_LARGE_BYTES = 64 << 20
 PROVENANCE = "rnnprune"
 """Key of ``metadata_props`` under which tool version and plan are written."""
 
@@ -91,6 +92,7 @@ class OnnxModel(LoadedModel):
         size = sum(f.stat().st_size for f in self.files)
         self._external = len(self.files) > 1 or size > MAX_INLINE_BYTES
         self.big = size > BIG_MODEL_BYTES
+        self.large = size > _LARGE_BYTES
         self._declared = {info.name for graph in graphs(proto) for info in graph.value_info}
         model = deserialize(proto, path)
         walker = Walker(model)
@@ -112,7 +114,8 @@ class OnnxModel(LoadedModel):
         self._outputs = describe_outputs(model)
         self.warnings = tuple(self._file_warnings(proto))
         del proto, model, walker
-        gc.collect()  # graphs refer to themselves; a large one must not wait to be freed
+        if self.large:
+            gc.collect()  # graphs refer to themselves; a large one must not wait to be freed
 
     def explain(self, declined: Sequence[Skipped]) -> None:
         """Takes over why lifting left something as it is."""

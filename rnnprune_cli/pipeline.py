@@ -995,6 +995,11 @@ def _advice(run: _Run, gzip_estimated: bool) -> Iterator[str]:
         yield "the data has no labels, so no metric was measured: add an array 'labels'"
     if stage is not None and stage.sparsity > 0 and run.options.export.export == "dense":
         yield "zeros are stored like any weight: --export packed makes the file smaller"
+    if run.source.format != run.base.format:
+        yield (
+            "latency before is TensorFlow's, after onnxruntime's: to see what pruning alone brings,"
+            " convert first (--sparsity 0 -o model.onnx)"
+        )
     weights = stage is not None and stage.granularity == "weight"
     if weights and run.source.format == run.model.format:
         yield (

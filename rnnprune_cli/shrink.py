@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -147,7 +148,8 @@ class Task:
         change(coupling)
         result = self.opened(coupling.model, name, resized)
         del coupling
-        gc.collect()  # graphs refer to themselves
+        if self.model.large:
+            gc.collect()  # graphs refer to themselves
         return result
 
     def batches(
@@ -460,8 +462,10 @@ def _figures(coupling: Coupling, found: Sequence[Reading]) -> UnitFigures:
 
 
 def _nothing(model: OnnxModel, blocked: Mapping[str, str], stage: Stage) -> RnnpruneError:
-    for name, reason in blocked.items():
-        more = f" ({len(blocked) - 1} more layers)" if len(blocked) > 1 else ""
+    # What holds some units of a layer is no reason for none to go.
+    whole = {name: why for name, why in blocked.items() if not re.match(r"\d+ of \d+ units: ", why)}
+    for name, reason in whole.items():
+        more = f" ({len(whole) - 1} more layers)" if len(whole) > 1 else ""
         why, _, hint = reason.partition("; ")
         return RnnpruneError(
             f"no {stage.granularity} of {model.path} can be removed: '{name}': {why}{more}",

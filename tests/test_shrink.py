@@ -17,6 +17,7 @@ from conftest import GRAPHS, SAMPLES, Graph, initializers, run, weights
 from onnx import TensorProto, helper
 from rich.console import Console
 
+from rnnprune_cli import compensate
 from rnnprune_cli.errors import NotEquivalentError, RnnpruneError, UsageError
 from rnnprune_cli.methods import methods
 from rnnprune_cli.model import GATES, ExportOptions, Report, Stage
@@ -197,13 +198,13 @@ def test_report_says_what_was_done(shrink, tmp_path):
 def test_the_repair_brings_outputs_nearer_to_the_original(shrink, tmp_path):
     model, data = model_of("LSTM", layers=2), save_data(tmp_path, 200)
     errors = []
-    for number, compensate in enumerate((False, True)):
+    for number, repaired in enumerate((False, True)):
         name = f"{number}.onnx"
-        report = shrink(model, 0.5, output=name, data=data, compensate=compensate)
+        report = shrink(model, 0.5, output=name, data=data, compensate=repaired)
         errors.append(report.fidelity[0].mean_abs)
-        assert bool(report.repairs) == compensate
+        assert bool(report.repairs) == repaired
         said = any("nothing was repaired" in w for w in report.warnings)
-        assert said != compensate
+        assert said != repaired
     assert errors[1] < 0.7 * errors[0]
 
 
@@ -351,7 +352,6 @@ def test_a_state_that_is_only_handed_out_can_become_shorter(shrink, tmp_path):
     assert run(tmp_path / "out.onnx", feed)[1].shape == (1, 2, 4)
 
 
-@pytest.mark.xfail(strict=True, reason="F20: outputs of other shapes count as the same")
 def test_a_resized_state_is_not_called_the_same(shrink):
     report = shrink(streaming_model("GRU"), 0.5, resize_state=True)
     figures = {row.name: row for row in report.fidelity}
@@ -749,3 +749,34 @@ def test_units_of_a_sample_model_cost_little(shrink, tmp_path):
     report = shrink(SAMPLES / "speech.onnx", 0.5, **options)
     assert report.layers[0].hidden_after == 32 and report.ratios.parameters < 0.4
     assert report.after.metric.value > report.before.metric.value - 0.02
+
+
+@pytest.mark.xfail(
+    strict=True, reason="F24: the last steps are held out, where reverse layers begin"
+)
+def test_a_stack_of_bidirectional_layers_is_repaired_as_well_as_with_a_fixed_ridge(
+    shrink, tmp_path, monkeypatch
+):
+    """Which samples are held out to choose the ridge must not mislead."""
+    g = Graph(["batch", "time", INPUTS])
+    x, inputs, hidden = g.op("Transpose", "x", perm=[1, 0, 2]), INPUTS, 32
+    for number in range(3):
+        w = weights("LSTM", hidden, inputs, 2, number)
+        w["W"] /= np.float32(np.sqrt(inputs))
+        w["R"] /= np.float32(np.sqrt(hidden))
+        y = g.op("LSTM", x, w["W"], w["R"], w["B"], hidden_size=hidden, direction="bidirectional")
+        turned = g.op("Transpose", y, perm=[0, 2, 1, 3])
+        x, inputs = g.op("Reshape", turned, np.array([0, 0, -1])), 2 * hidden
+    dense = np.random.default_rng(7).standard_normal((inputs, 4)).astype(np.float32)
+    g.output(g.op("MatMul", x, dense))
+    model, rng = g.model(), np.random.default_rng(3)
+    paths = [tmp_path / "calibration.npz", tmp_path / "test.npz"]
+    for path in paths:
+        np.savez(path, x=rng.standard_normal((64, 30, INPUTS)).astype(np.float32))
+    errors = []
+    for ridges in (compensate.RIDGES, compensate.RIDGES[:1]):
+        monkeypatch.setattr(compensate, "RIDGES", ridges)
+        report = shrink(model, 0.5, calibration=paths[0], data=paths[1], force=True)
+        errors.append(report.fidelity[0].mean_abs)
+    chosen, fixed = errors
+    assert chosen < 1.5 * fixed

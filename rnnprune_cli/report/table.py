@@ -64,7 +64,12 @@ def _plan(report: Report) -> str:
 def _figures(report: Report) -> Table:
     table = _table("", "before", "after", "after ÷ before", right=(1, 2, 3))
     before, after, ratios = report.before, report.after, report.ratios
-    table.add_row("parameters", _count(before.parameters), _count(after.parameters), "")
+    table.add_row(
+        "parameters",
+        _count(before.parameters),
+        _count(after.parameters),
+        f"{ratios.parameters:.3f}",
+    )
     table.add_row(
         "  not zero", _count(before.nonzero), _count(after.nonzero), f"{ratios.nonzero:.3f}"
     )
@@ -78,7 +83,12 @@ def _figures(report: Report) -> Table:
     table.add_row(
         "  gzipped", _size(before.gzip_bytes), _size(after.gzip_bytes), f"{ratios.gzip_bytes:.3f}"
     )
-    table.add_row("MACs per step", _count(before.macs_per_step), _count(after.macs_per_step), "")
+    table.add_row(
+        "MACs per step",
+        _count(before.macs_per_step),
+        _count(after.macs_per_step),
+        f"{after.macs_per_step / max(before.macs_per_step, 1):.3f}",
+    )
     if before.latency_ms and after.latency_ms and ratios.latency:
         r = ratios.latency
         table.add_row(
