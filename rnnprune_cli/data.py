@@ -125,6 +125,12 @@ def load_dataset(path: Path, specs: Sequence[TensorSpec]) -> Dataset:
             )
     stacked = {s.name for s in specs if s.shape and inputs[s.name].ndim == len(s.shape) + 1}
     per_sample = stacked | {s.name for s in specs if _has_sample_axis(inputs[s.name], s)}
+    counts = {name: len(inputs[name]) for name in per_sample}
+    if len(set(counts.values())) > 1:
+        # A state of one sample is the same for all of them.
+        per_sample -= {
+            s.name for s in specs if s.name not in stacked and inputs[s.name].shape == s.shape
+        }
     single = bool(stacked) or any(
         s.name in per_sample and s.shape is not None and s.shape[0] == 1 for s in specs
     )

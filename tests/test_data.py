@@ -201,3 +201,30 @@ def test_integers_that_do_not_fit_are_refused(tmp_path):
     np.savez(tmp_path / "d.npz", x=np.array([[300, -1]]))
     with pytest.raises(RnnpruneError, match="cannot hold"):
         load_dataset(tmp_path / "d.npz", [TensorSpec("x", np.dtype(np.uint8), ("batch", "n"))])
+
+
+def test_a_state_given_once_is_that_of_every_sample(tmp_path):
+    path = tmp_path / "data.npz"
+    np.savez(path, x=np.ones((12, 7, 3), np.float32), h=np.zeros((1, 1, 4), np.float32))
+    specs = [
+        TensorSpec("x", np.dtype(np.float32), (1, "time", 3)),
+        TensorSpec("h", np.dtype(np.float32), (1, 1, 4)),
+    ]
+    data = load_dataset(path, specs)
+    assert data.count == 12 and data.single
+    assert {name: a.shape for name, a in data.feed(3, 4).items()} == {
+        "x": (1, 7, 3),
+        "h": (1, 1, 4),
+    }
+
+
+def test_lengths_that_the_model_is_told_count_as_lengths(tmp_path):
+    path = tmp_path / "data.npz"
+    np.savez(path, x=np.ones((3, 7, 2), np.float32), lens=np.array([7, 2, 4], np.int32))
+    specs = [
+        TensorSpec("x", np.dtype(np.float32), ("batch", "time", 2)),
+        TensorSpec("lens", np.dtype(np.int32), ("batch",), is_length=True),
+    ]
+    data = load_dataset(path, specs)
+    assert data.lengths is not None and data.lengths.tolist() == [7, 2, 4]
+    assert data.take(np.array([1]), 2)["x"].shape == (1, 2, 2)

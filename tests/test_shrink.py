@@ -751,9 +751,6 @@ def test_units_of_a_sample_model_cost_little(shrink, tmp_path):
     assert report.after.metric.value > report.before.metric.value - 0.02
 
 
-@pytest.mark.xfail(
-    strict=True, reason="F24: the last steps are held out, where reverse layers begin"
-)
 def test_a_stack_of_bidirectional_layers_is_repaired_as_well_as_with_a_fixed_ridge(
     shrink, tmp_path, monkeypatch
 ):
