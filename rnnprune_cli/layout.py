@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
-import numpy as np
 import onnx_ir as ir
 
 from rnnprune_cli.graph import Folder, Walker
@@ -17,6 +16,9 @@ Linear = Mapping[Hashable, int]
 ONE = "1"
 
 MAX_INT32 = 2**31 - 1
+
+_MAX_INTEGERS = 64
+"""Tensors up to this size may hold axes, sizes and target shapes."""
 
 
 def rank(value: ir.Value) -> int | None:
@@ -63,6 +65,51 @@ def combined(one: Linear, other: Linear, factor: int = 1) -> Linear:
     for symbol, times in other.items():
         total[symbol] = total.get(symbol, 0) + factor * times
     return {symbol: times for symbol, times in total.items() if times}
+
+
+def product(sizes: Sequence[Linear]) -> Linear:
+    """Returns the product of sizes; what is no number is a product of symbols, in one order."""
+    factor, symbols = 1, list[Hashable]()
+    for size in sizes:
+        times, own = _factors(size)
+        factor *= times
+        symbols += own
+    if not factor:
+        return {}
+    if not symbols:
+        return {ONE: factor}
+    first = symbols[0]
+    if len(symbols) > 1:
+        return {("product", *sorted(symbols, key=repr)): factor}
+    if isinstance(first, tuple) and first[0] == "sum":
+        return {symbol: factor * times for symbol, times in first[1:]}
+    return {first: factor}
+
+
+def quotient(size: Linear, by: Linear) -> Linear | None:
+    """Returns a size divided by another, if that leaves no rest whatever the symbols are."""
+    (factor, symbols), (other, gone) = _factors(size), _factors(by)
+    left = list(symbols)
+    for symbol in gone:
+        if symbol not in left:
+            return None
+        left.remove(symbol)
+    if other <= 0 or factor % other:
+        return None
+    return product([number(factor // other), *({symbol: 1} for symbol in left)])
+
+
+def _factors(size: Linear) -> tuple[int, list[Hashable]]:
+    """Takes a size apart into a number and symbols; a sum is a symbol of its own."""
+    if len(size) > 1:
+        return 1, [("sum", *sorted(size.items(), key=repr))]
+    for symbol, times in size.items():
+        if symbol == ONE:
+            return times, []
+        if isinstance(symbol, tuple) and symbol[0] == "product":
+            return times, list(symbol[1:])
+        return times, [symbol]
+    return 0, []
 
 
 def is_named(size: Linear) -> bool:
@@ -210,10 +257,13 @@ class Layout:
                 sizes = None if target is None else self.integers(target)
                 if sizes is not None and len(sizes) == ndim and dict(sizes[axis]) != {ONE: 1}:
                     return sizes[axis]
-            if node.op_type == "Reshape" and node.inputs[1] is not None:
-                sizes = self.integers(node.inputs[1])
-                if sizes is not None and len(sizes) == ndim and sizes[axis] not in ({}, {ONE: -1}):
-                    return sizes[axis]
+            if node.op_type == "Reshape" and node.inputs[0] is not None:
+                source = node.inputs[0]
+                before = [self.dimension(source, k) for k in range(rank(source) or 0)]
+                made = None if source.shape is None else self.reshaped(node, before)
+                found = made[axis] if made is not None and len(made) == ndim else None
+                if found is not None:
+                    return found
             if node.op_type == "Range":
                 given = [None if v is None else self.integers(v) for v in node.inputs]
                 if given[0] == [{}] and given[2] == [{ONE: 1}] and given[1] is not None:
@@ -222,6 +272,32 @@ class Layout:
             if step is None:
                 return {("axis", id(value), axis): 1}
             value, axis = step
+
+    def reshaped(
+        self, node: ir.Node, before: Sequence[Linear | None]
+    ) -> list[Linear | None] | None:
+        """Returns the sizes that a Reshape makes, None for those that are not known.
+
+        Args:
+            node: The Reshape.
+            before: The sizes of what it reads.
+        """
+        target = node.inputs[1] if len(node.inputs) > 1 else None
+        sizes = None if target is None else self.integers(target)
+        if sizes is None:
+            return None
+        after: list[Linear | None] = []
+        for k, size in enumerate(sizes):
+            copied = not size and not node.attributes.get_int("allowzero", 0)
+            if copied and k >= len(before):
+                return None
+            after.append(before[k] if copied else None if dict(size) == {ONE: -1} else size)
+        rest = [k for k, size in enumerate(sizes) if dict(size) == {ONE: -1}]
+        known = [size for k, size in enumerate(after) if size is not None and k not in rest]
+        given = [size for size in before if size is not None]
+        if len(rest) == 1 and len(known) == len(after) - 1 and len(given) == len(before):
+            after[rest[0]] = quotient(product(given), product(known))
+        return after
 
     def _dimension_before(self, node: ir.Node, axis: int, ndim: int) -> tuple[ir.Value, int] | None:
         """Returns the value and axis that an output's axis has its size from."""
@@ -246,6 +322,27 @@ class Layout:
             return {4: {0: (source, 0), 2: (source, 1)}, 3: {1: (source, 1)}}[ndim].get(axis)
         if node.op_type == "Gemm" and axis == 0:
             return None if node.attributes.get_int("transA") else (source, axis)
+        if node.op_type == "Einsum":
+            terms, result = einsum_terms(node)
+            for operand, term in zip(node.inputs, terms, strict=False):
+                if operand is not None and "." not in term + result and result[axis] in term:
+                    own = term.index(result[axis])
+                    if operand.shape is not None and operand.shape[own] != 1:
+                        return operand, own
+            return None
+        if node.op_type == "GatherElements" and node.inputs[1] is not None:
+            return node.inputs[1], axis
+        if node.op_type == "Expand":
+            # Where the target says 1, the size stays.
+            sizes_asked = None if node.inputs[1] is None else self.integers(node.inputs[1])
+            own = (rank(source) or 0) - ndim + axis
+            asked = sizes_asked[axis] if sizes_asked and len(sizes_asked) == ndim else None
+            stays = asked is not None and dict(asked) == {ONE: 1} and own >= 0
+            return (source, own) if stays else None
+        if node.op_type in _POOLS and axis < 2:
+            return source, axis
+        if node.op_type == "Conv" and axis == 0:
+            return source, axis
         if node.op_type == "MatMul" and axis < ndim - 1 and rank(source) == ndim:
             other = node.inputs[1]
             return (source, axis) if other is not None and rank(other) == 2 else None
@@ -298,7 +395,11 @@ class Layout:
             return [known[id(value)]]
         array = self.constant(value)
         if array is not None:
-            if array.size > 64 or array.dtype.kind not in "iuf" or (array != array.round()).any():
+            if (
+                array.size > _MAX_INTEGERS
+                or array.dtype.kind not in "iuf"
+                or (array != array.round()).any()
+            ):
                 return None
             return [number(int(k)) for k in array.reshape(-1)]
         node = value.producer()
@@ -323,6 +424,14 @@ class Layout:
             ]
             sizes = [self.dimension(node.inputs[0], axis) for axis in axes]
             return [s for s in sizes if s is not None] if None not in sizes else None
+        if node.op_type == "ConstantOfShape":
+            length = self.constant_ints(node.inputs[0])
+            filled = None if node.outputs[0] is None else self.fill(node.outputs[0])
+            if length is None or len(length) != 1 or filled is None or filled != round(filled):
+                return None
+            return [number(int(filled))] * length[0] if length[0] <= _MAX_INTEGERS else None
+        if node.op_type == "Where":
+            return self._chosen(node, known)
         if node.op_type not in (
             "Add",
             "Sub",
@@ -346,11 +455,7 @@ class Layout:
         if node.op_type in _SAME_INTEGERS:
             return first
         if node.op_type == "ReduceProd":  # of a vector, or of all axes
-            symbols = [size for size in first if set(size) - {ONE}]
-            factor = int(np.prod([size.get(ONE, 0) for size in first if size not in symbols]))
-            if len(symbols) > 1:
-                return None
-            return [combined({}, symbols[0], factor) if symbols else number(factor)]
+            return [product(first)]
         if node.op_type == "Concat":
             return [k for part in given for k in part] if None not in given else None  # type: ignore[union-attr]
         second = given[1] if len(given) > 1 else None
@@ -361,20 +466,44 @@ class Layout:
         if node.op_type == "Slice":
             bounds = self.slice_bounds(node)
             return first[slice(*bounds[0])] if bounds is not None and set(bounds) == {0} else None
-        if second is None or len(first) != 1 or len(second) != 1:
+        if second is None or len(first) != len(second):
             return None
-        if node.op_type == "Div":
-            numbers = [part.get(ONE, 0) for part in (first[0], second[0])]
-            known_only = (
-                not (set(first[0]) | set(second[0])) - {ONE} and min(numbers) >= 0 < numbers[1]
-            )
-            return [number(numbers[0] // numbers[1])] if known_only else None
-        if node.op_type == "Mul":
-            one, other = first[0], second[0]
-            if set(one) <= {ONE}:
-                one, other = other, one
-            return [combined({}, one, other.get(ONE, 0))] if set(other) <= {ONE} else None
-        return [combined(first[0], second[0], 1 if node.op_type == "Add" else -1)]
+        each = [self._calculated(node.op_type, a, b) for a, b in zip(first, second, strict=True)]
+        return None if None in each else each  # type: ignore[return-value]
+
+    def _chosen(self, node: ir.Node, known: Mapping[int, Linear] | None) -> list[Linear] | None:
+        """Returns the elements of a Where on which sizes are equal, as exporters put Expand."""
+        equal = None if node.inputs[0] is None else self.origin(node.inputs[0]).producer()
+        if equal is None or equal.op_type != "Equal":
+            return None
+        given = [
+            None if v is None else self.integers(v, known)
+            for v in (*equal.inputs, *node.inputs[1:])
+        ]
+        lists = [part for part in given if part is not None]
+        length = max(map(len, lists), default=0)
+        if len(lists) < 4 or any(len(part) not in (1, length) for part in lists):
+            return None
+        rows = zip(*(part * (length // len(part)) for part in lists), strict=True)
+        found: list[Linear] = []
+        for a, b, then, other in rows:
+            same = _are_equal(a, b)
+            if same is None:
+                return None
+            found.append(then if same else other)
+        return found
+
+    @staticmethod
+    def _calculated(op_type: str, one: Linear, other: Linear) -> Linear | None:
+        """Returns the sum, difference, product or quotient of two integers."""
+        if op_type == "Div":
+            numbers = [part.get(ONE, 0) for part in (one, other)]
+            if not (set(one) | set(other)) - {ONE} and min(numbers) >= 0 < numbers[1]:
+                return number(numbers[0] // numbers[1])
+            return quotient(one, other)
+        if op_type == "Mul":
+            return product([one, other])
+        return combined(one, other, 1 if op_type == "Add" else -1)
 
     def truth(self, value: ir.Value | None) -> bool | None:
         """Returns what a condition on constants and fixed sizes always is; None if it varies."""
@@ -484,6 +613,28 @@ class Layout:
             value = node.inputs[0]
 
 
+def einsum_terms(node: ir.Node) -> tuple[list[str], str]:
+    """Returns the letters of an Einsum's operands and of its result."""
+    equation = (node.attributes.get_string("equation", "") or "").replace(" ", "")
+    left, arrow, result = equation.partition("->")
+    if not arrow:
+        result = "".join(x for x in sorted(set(left) - {","}) if left.count(x) == 1)
+    return left.split(","), result
+
+
+def _are_equal(one: Linear, other: Linear) -> bool | None:
+    """Tells whether two integers are equal; None if that depends. Sizes are not negative."""
+    difference = combined(one, other, -1)
+    if not set(difference) - {ONE}:
+        return not difference
+    signs = {times > 0 for times in difference.values()}
+    sizes = all(
+        symbol == ONE or (isinstance(symbol, tuple) and symbol[0] in ("dimension", "axis"))
+        for symbol in difference
+    )
+    return False if sizes and len(signs) == 1 and ONE in difference else None
+
+
 _COMPARISONS: dict[str, Callable[[int, int], bool]] = {
     "Equal": operator.eq,
     "Less": operator.lt,
@@ -494,9 +645,29 @@ _COMPARISONS: dict[str, Callable[[int, int], bool]] = {
 _SAME_SHAPE = frozenset(
     {"Cast", "Not", "ReverseSequence", "Relu", "Sigmoid", "Tanh", "Dropout", "Abs", "Neg", "Sqrt"}
     | {"LayerNormalization", "Clip", "Softmax", "Exp", "Erf", "Elu", "LeakyRelu", "Softplus"}
+    | {"BatchNormalization", "InstanceNormalization", "GroupNormalization", "LogSoftmax", "Log"}
+    | {"Selu", "Celu", "Gelu", "HardSigmoid", "HardSwish", "Mish", "Softsign", "CumSum", "Sign"}
+    | {"Reciprocal", "ThresholdedRelu", "LpNormalization", "PRelu"}
+)
+_POOLS = frozenset(
+    {"AveragePool", "MaxPool", "LpPool", "GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool"}
 )
 _BROADCASTING = frozenset(
-    {"Add", "Sub", "Mul", "Div", "Where", "Greater", "Less", "Equal", "And", "Or", "Min", "Max"}
+    {
+        "Add",
+        "Sub",
+        "Mul",
+        "Div",
+        "Pow",
+        "Where",
+        "Greater",
+        "Less",
+        "Equal",
+        "And",
+        "Or",
+        "Min",
+        "Max",
+    }
 )
 _REDUCTIONS = frozenset({"ReduceSum", "ReduceMax", "ReduceMin", "ReduceMean"})
 _SAME_INTEGERS = frozenset({"Cast", "Squeeze", "Unsqueeze", "Reshape", "Identity"})

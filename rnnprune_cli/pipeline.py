@@ -67,7 +67,7 @@ from rnnprune_cli.verify import (
 )
 
 if TYPE_CHECKING:
-    from rnnprune_cli.shrink import Shrunk
+    from rnnprune_cli.shrink.task import Shrunk
 
 Progress = Callable[[str], None]
 
@@ -140,7 +140,7 @@ def inspected(
 
 def _removable_units(model: LoadedModel) -> tuple[RemovableUnits, ...]:
     from rnnprune_cli.onnx_model import OnnxModel
-    from rnnprune_cli.shrink import removable_units
+    from rnnprune_cli.shrink.units import removable_units
 
     return removable_units(model) if isinstance(model, OnnxModel) and model.layers else ()
 
@@ -329,7 +329,9 @@ def _without_structures(
 ) -> Shrunk:
     """Removes units or layers; the new model lives as long as the stack."""
     from rnnprune_cli.onnx_model import OnnxModel
-    from rnnprune_cli.shrink import Task, remove_layers, remove_units
+    from rnnprune_cli.shrink.layers import remove_layers
+    from rnnprune_cli.shrink.task import Task
+    from rnnprune_cli.shrink.units import remove_units
 
     assert isinstance(model, OnnxModel)
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rnnprune-")))

@@ -20,7 +20,8 @@ from rnnprune_cli.compensate import Moments
 from rnnprune_cli.data import Dataset
 from rnnprune_cli.model import GATES, Stage
 from rnnprune_cli.onnx_model import OnnxModel
-from rnnprune_cli.shrink import Shrunk, Task, remove_units
+from rnnprune_cli.shrink.task import Shrunk, Task
+from rnnprune_cli.shrink.units import remove_units
 
 UNITS = 4
 """Different units of each layer; a layer has twice as many, in pairs."""

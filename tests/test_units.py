@@ -14,7 +14,7 @@ from random_graphs import random_graph
 
 from rnnprune_cli.coupling import Coupling
 from rnnprune_cli.onnx_model import OnnxModel
-from rnnprune_cli.shrink import coupled
+from rnnprune_cli.shrink.task import coupled
 from rnnprune_cli.units import Chosen, choose
 
 INPUTS = 3

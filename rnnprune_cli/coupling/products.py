@@ -10,21 +10,13 @@ import onnx_ir as ir
 from rnnprune_cli.coupling.classes import IntArray
 from rnnprune_cli.coupling.rules import Rule, meets, only_first
 from rnnprune_cli.graph import input_of
+from rnnprune_cli.layout import einsum_terms as einsum_terms
 from rnnprune_cli.model import GATES
 
 if TYPE_CHECKING:
     from rnnprune_cli.coupling import Coupling
 
 _GATES: dict[str, int] = {str(op): count for op, count in GATES.items()}
-
-
-def einsum_terms(node: ir.Node) -> tuple[list[str], str]:
-    """Returns the letters of an Einsum's operands and of its result."""
-    equation = (node.attributes.get_string("equation", "") or "").replace(" ", "")
-    left, arrow, result = equation.partition("->")
-    if not arrow:
-        result = "".join(x for x in sorted(set(left) - {","}) if left.count(x) == 1)
-    return left.split(","), result
 
 
 def einsum(c: Coupling, node: ir.Node) -> None:

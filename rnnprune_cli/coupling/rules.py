@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from rnnprune_cli.coupling.classes import IntArray
 from rnnprune_cli.graph import input_of
-from rnnprune_cli.layout import ONE, Linear, number
+from rnnprune_cli.layout import ONE, Linear, number, product
 
 if TYPE_CHECKING:
     from rnnprune_cli.coupling import Coupling
@@ -167,7 +167,7 @@ def reshape(c: Coupling, node: ir.Node) -> None:
     if after is None:
         c.block(node, "its target shape is not known")
         return
-    moved = _reshaped(c, array, axis, before, after)
+    moved = _reshaped(c, array, axis, before, after) or _wrapped(c, array, axis, after)
     if moved is None:
         c.block(node, "it mixes units with another axis")
         return
@@ -182,63 +182,14 @@ def target_sizes(
     if node.op_type == "Flatten":
         at = node.attributes.get_int("axis", 1) or 0
         at += len(before) if at < 0 else 0
-        return [_product(before[:at], 0), _product(before[at:], 1)]
-    target = input_of(node, 1)
-    sizes = None if target is None else c.layout.integers(target)
+        return [product(before[:at]), product(before[at:])]
+    sizes = c.layout.reshaped(node, before)
     if sizes is None:
         ndim = c.rank(output)
         if ndim is None:
             return None
-        sizes = [c.layout.dimension(output, k) or {("output", k): 1} for k in range(ndim)]
-    after: list[Linear] = []
-    for k, size in enumerate(sizes):
-        if not size and not node.attributes.get_int("allowzero", 0):
-            if k >= len(before):
-                return None
-            after.append(before[k])
-        elif dict(size) == {ONE: -1}:
-            after.append({("rest", id(node)): 1})
-        else:
-            after.append(size)
-    return _with_rest(before, after, ("rest", id(node)))
-
-
-def _with_rest(before: list[Linear], after: list[Linear], rest: tuple[str, int]) -> list[Linear]:
-    """Works out the size that -1 stands for where that is a number or one axis."""
-    places = [k for k, size in enumerate(after) if rest in size]
-    if not places:
-        return after
-    left = list(before)
-    constant = 1
-    for k, size in enumerate(after):
-        if k in places:
-            continue
-        if size in left:
-            left.remove(size)
-        elif set(size) <= {ONE}:
-            constant *= size.get(ONE, 0)
-        else:
-            return after
-    numbers = [size.get(ONE, 0) for size in left if set(size) <= {ONE}]
-    symbols = [size for size in left if not set(size) <= {ONE}]
-    product = int(np.prod(numbers, dtype=np.int64))
-    if constant <= 0 or product % constant:
-        return after
-    if not symbols:
-        after[places[0]] = number(product // constant)
-    elif len(symbols) == 1 and product == constant:
-        after[places[0]] = symbols[0]
-    return after
-
-
-def _product(sizes: list[Linear], number_of: int) -> Linear:
-    symbols = [size for size in sizes if not set(size) <= {ONE}]
-    product = int(np.prod([size.get(ONE, 0) for size in sizes if size not in symbols]))
-    if not symbols:
-        return number(product)
-    if len(symbols) == 1 and product == 1:
-        return symbols[0]
-    return {("product", number_of, str(sizes)): 1}
+        sizes = [c.layout.dimension(output, k) for k in range(ndim)]
+    return [{("output", k): 1} if size is None else size for k, size in enumerate(sizes)]
 
 
 def _reshaped(
@@ -279,11 +230,30 @@ def _reshaped(
     return None
 
 
+def _wrapped(
+    c: Coupling, array: IntArray, axis: int, after: list[Linear]
+) -> tuple[IntArray, int] | None:
+    """Follows units through a Reshape that puts rows of the last axis side by side, or parts them.
+
+    Where the last axis becomes a multiple as long, or a part, its places are those of the units
+    over and over, whatever becomes of the axes before.
+    """
+    last = after[-1] if after else {}
+    size, old = last.get(ONE, 0), array.shape[-1]
+    if axis != array.ndim - 1 or set(last) != {ONE} or size < 1 or (size % old and old % size):
+        return None
+    row = c.tie(array, axis)
+    if size < old:
+        row = c.tie(row.reshape(-1, size), 1)
+    shape = (*[1] * (len(after) - 1), size)
+    return np.resize(row, shape), len(after) - 1
+
+
 def _parts(before: list[Linear], after: list[Linear]) -> list[tuple[range, range]]:
     """Takes the axes before and after a Reshape apart into runs that hold the same elements.
 
     1. Equal sizes at the left end are the same axes.
-    2. From the right, axes are taken until the products of their sizes are equal numbers.
+    2. From the right, the fewest axes are taken whose sizes have equal products.
     3. What cannot be taken apart is one run.
     """
     head = 0
@@ -305,24 +275,11 @@ def _run(
     before: list[Linear], after: list[Linear], ends: tuple[int, int], head: int
 ) -> tuple[int, int] | None:
     """Returns where the last run begins, before and after; None if it cannot be told."""
-    sides = (before, after)
-    if min(ends) > head and before[ends[0] - 1] == after[ends[1] - 1]:
-        return ends[0] - 1, ends[1] - 1
-    starts, products = list(ends), [1, 1]
-    while (
-        starts == list(ends)
-        or products[0] != products[1]
-        or min(e - s for e, s in zip(ends, starts, strict=True)) == 0
-    ):
-        # The side with the smaller product takes one axis more, if it has one.
-        side = 0 if (products[0] <= products[1] and starts[0] > head) or starts[1] <= head else 1
-        position = starts[side] - 1
-        size = sides[side][position] if position >= head else {}
-        if set(size) != {ONE} or size[ONE] < 1:
-            return None
-        products[side] *= size[ONE]
-        starts[side] = position
-    return starts[0], starts[1]
+    starts = [(i, j) for i in range(head, ends[0]) for j in range(head, ends[1])]
+    for i, j in sorted(starts, key=sum, reverse=True):
+        if product(before[i : ends[0]]) == product(after[j : ends[1]]) != {}:
+            return i, j
+    return None
 
 
 def slice_(c: Coupling, node: ir.Node) -> None:

@@ -1,0 +1,118 @@
+"""Whole layers: choose, and put linear maps fitted to data in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from rnnprune_cli.compensate import (
+    Passage,
+)
+from rnnprune_cli.model import (
+    GATES,
+    LayerFigures,
+    RecurrentLayer,
+    Repair,
+)
+from rnnprune_cli.rewrite.layers import LinearMap, bypass, imitate, obstacle
+from rnnprune_cli.shrink.task import (
+    Shrunk,
+    Task,
+    method_of,
+    nothing_removed,
+    prepared,
+    verified,
+)
+
+WITHOUT_LAYERS = "the model without layers computes what linear operators in their place compute"
+
+
+def remove_layers(task: Task) -> Shrunk:
+    """Removes whole layers: a linear map fitted to data, or the identity, stands for each.
+
+    1. See which layers can go; watch what they make of what they read.
+    2. Score and choose; one layer stays.
+    3. Write the model without them, and the one whose operators compute the linear maps.
+    4. Hold them against each other.
+
+    Raises:
+        RnnpruneError: If no layer could be removed.
+        UsageError: If the criterion needs data and there are none.
+    """
+    method, model = method_of(task), task.model
+    assert method.layer is not None  # the options were checked
+    task.progress("finding the layers that can go")
+    graph = prepared(model)
+    nodes = {n.name or "": n for n in graph.graph.all_nodes() if n.op_type in GATES}
+    fit = task.calibration is not None and task.stage.compensate
+    blocked: dict[str, str] = {}
+    free: list[RecurrentLayer] = []
+    for layer in model.layers:
+        if layer.name not in nodes or layer.name not in task.names:
+            continue
+        sizes = layer.input_size, layer.w.shape[0], layer.hidden_size
+        why = obstacle(nodes[layer.name], *sizes, data=fit)
+        if why:
+            blocked[layer.name] = why
+        else:
+            free.append(layer)
+    wanted = min(round(task.stage.sparsity * len(task.names)), len(model.layers) - 1)
+    if task.stage.sparsity > 0 and not (wanted and free):
+        raise nothing_removed(model, blocked, task.stage)
+    passages: dict[str, Passage] = {}
+    if task.calibration is not None and (fit or method.needs_data):
+        passages = _passages(task, graph, [nodes[layer.name] for layer in free])
+    fitted = {name: passage.fit() for name, passage in passages.items()}
+    generator = np.random.default_rng(task.seed)
+    scored = [
+        method.layer(
+            LayerFigures(
+                float(np.mean([np.square(w.read(), dtype=np.float64).mean() for w in x.weights])),
+                fitted[x.name][2] if x.name in fitted else None,
+            ),
+            generator,
+        )
+        for x in free
+    ]
+    gone = [free[k] for k in np.argsort(scored, kind="stable")[:wanted]]
+    chosen: dict[str, LinearMap] = {}
+    for x in gone:
+        chosen[x.name] = LinearMap()
+        if fit:
+            weight, bias, _ = fitted[x.name]
+            chosen[x.name] = LinearMap(weight.astype(x.w.dtype), bias.astype(x.w.dtype))
+    task.progress("taking layers out")
+    without, imitating = prepared(model), prepared(model)
+    bypass(without, chosen)
+    imitate(imitating, chosen)
+    result = task.opened(without, "shrunk")
+    result.skipped = model.skipped
+    whole = task.opened(prepared(model), "prepared")
+    imitation = task.opened(imitating, "masked")
+    claims = verified(task, whole, imitation, result, WITHOUT_LAYERS, {})
+    stands = "a linear map" if fit else "its input"
+    repairs = [
+        Repair(f"linear map for '{name}'", passages[name].count, fitted[name][2])
+        for name in chosen
+        if fit
+    ]
+    blocked |= dict.fromkeys(chosen, f"removed: {stands} stands for it")
+    return Shrunk(result, claims, (), (), tuple(repairs), blocked, ())
+
+
+def _passages(task: Task, graph: ir.Model, nodes: Sequence[ir.Node]) -> dict[str, Passage]:
+    """Runs a model on data and adds up what layers read and make."""
+    values = [v for node in nodes for v in (node.inputs[0], node.outputs[0]) if v is not None]
+    names, batches = task.batches(graph, values, {})
+    found = {node.name or "": Passage() for node in nodes}
+    for batch in batches:
+        for node in nodes:
+            x, y = (
+                batch.values.get(names.get(id(value), ""))
+                for value in (node.inputs[0], node.outputs[0])
+            )
+            if x is not None and y is not None and x.size:
+                found[node.name or ""].add(batch.valid(x, [1, 2]), batch.valid(y, [1, 2, 3]))
+    return found
