@@ -78,7 +78,7 @@ def prune(
     sparsity: Annotated[
         float,
         typer.Option(
-            "--sparsity", "-s", help="Share of the weights, or units, to remove, 0 ≤ s < 1."
+            "--sparsity", "-s", help="Share of the weights, units or layers to remove, 0 ≤ s < 1."
         ),
     ],
     output: Annotated[
@@ -96,7 +96,7 @@ def prune(
         str, typer.Option(help="What makes a weight worth keeping; see 'rnnprune methods'.")
     ] = "magnitude",
     granularity: Annotated[
-        str, typer.Option(help="What is removed together: weight or unit.")
+        str, typer.Option(help="What is removed together: weight, unit or layer.")
     ] = "weight",
     scope: Annotated[
         str | None,

@@ -324,12 +324,11 @@ class Layout:
             return None if node.attributes.get_int("transA") else (source, axis)
         if node.op_type == "Einsum":
             terms, result = einsum_terms(node)
-            for operand, term in zip(node.inputs, terms, strict=False):
-                if operand is not None and "." not in term + result and result[axis] in term:
-                    own = term.index(result[axis])
-                    if operand.shape is not None and operand.shape[own] != 1:
-                        return operand, own
-            return None
+            if "." in "".join([*terms, result]):
+                return None
+            letter = result[axis]
+            pairs = zip(node.inputs, terms, strict=False)
+            return self._one_of([(v, t.index(letter)) for v, t in pairs if v and letter in t])
         if node.op_type == "GatherElements" and node.inputs[1] is not None:
             return node.inputs[1], axis
         if node.op_type == "Expand":
@@ -347,14 +346,8 @@ class Layout:
             other = node.inputs[1]
             return (source, axis) if other is not None and rank(other) == 2 else None
         if node.op_type in _BROADCASTING:
-            sizes: list[tuple[ir.Value, int, Linear | None]] = []
-            for operand in filter(None, node.inputs):
-                own = (rank(operand) or 0) - ndim + axis
-                if own >= 0 and operand.shape is not None and operand.shape[own] != 1:
-                    sizes.append((operand, own, self.dimension(operand, own)))
-            if not sizes or any(size != sizes[0][2] for _, _, size in sizes):
-                return None
-            return sizes[0][0], sizes[0][1]
+            owns = [(v, (rank(v) or 0) - ndim + axis) for v in node.inputs if v is not None]
+            return self._one_of([(v, own) for v, own in owns if own >= 0])
         if node.op_type in _REDUCTIONS:
             axes = self.axes(node, rank(source))
             if axes is None:
@@ -380,6 +373,12 @@ class Layout:
                 first = node.attributes.get_int("axis", 0) == 0
                 return (index, axis) if first and axis < ndim - 1 else None
         return None
+
+    def _one_of(self, places: Sequence[tuple[ir.Value, int]]) -> tuple[ir.Value, int] | None:
+        """Returns one of the axes that are broadcast against each other, if they are as long."""
+        long = [(v, k) for v, k in places if v.shape is not None and v.shape[k] != 1]
+        sizes = [self.dimension(v, k) for v, k in long]
+        return long[0] if long and all(size == sizes[0] for size in sizes) else None
 
     def integers(
         self, value: ir.Value, known: Mapping[int, Linear] | None = None
@@ -425,11 +424,11 @@ class Layout:
             sizes = [self.dimension(node.inputs[0], axis) for axis in axes]
             return [s for s in sizes if s is not None] if None not in sizes else None
         if node.op_type == "ConstantOfShape":
-            length = self.constant_ints(node.inputs[0])
+            count = self.constant_ints(node.inputs[0])
             filled = None if node.outputs[0] is None else self.fill(node.outputs[0])
-            if length is None or len(length) != 1 or filled is None or filled != round(filled):
+            if count is None or len(count) != 1 or filled is None or filled != round(filled):
                 return None
-            return [number(int(filled))] * length[0] if length[0] <= _MAX_INTEGERS else None
+            return [number(int(filled))] * count[0] if count[0] <= _MAX_INTEGERS else None
         if node.op_type == "Where":
             return self._chosen(node, known)
         if node.op_type not in (
@@ -466,7 +465,7 @@ class Layout:
         if node.op_type == "Slice":
             bounds = self.slice_bounds(node)
             return first[slice(*bounds[0])] if bounds is not None and set(bounds) == {0} else None
-        if second is None or len(first) != len(second):
+        if second is None or len(first) != len(second) or not _are_vectors(node.inputs, first):
             return None
         each = [self._calculated(node.op_type, a, b) for a, b in zip(first, second, strict=True)]
         return None if None in each else each  # type: ignore[return-value]
@@ -483,6 +482,8 @@ class Layout:
         lists = [part for part in given if part is not None]
         length = max(map(len, lists), default=0)
         if len(lists) < 4 or any(len(part) not in (1, length) for part in lists):
+            return None
+        if not _are_vectors([*equal.inputs, *node.inputs], max(lists, key=len)):
             return None
         rows = zip(*(part * (length // len(part)) for part in lists), strict=True)
         found: list[Linear] = []
@@ -620,6 +621,11 @@ def einsum_terms(node: ir.Node) -> tuple[list[str], str]:
     if not arrow:
         result = "".join(x for x in sorted(set(left) - {","}) if left.count(x) == 1)
     return left.split(","), result
+
+
+def _are_vectors(values: Sequence[ir.Value | None], elements: Sequence[Linear]) -> bool:
+    """Tells whether elements stand where they are listed: matrices would be broadcast otherwise."""
+    return len(elements) == 1 or all(v is not None and rank(v) in (0, 1) for v in values)
 
 
 def _are_equal(one: Linear, other: Linear) -> bool | None:

@@ -125,7 +125,8 @@ def choose(
     groups = _groups(coupling, root, allowed, scores)
     gone: set[int] = set()
     if scope == "global":
-        units = sum(layer.labels.size for layer in coupling.layers if layer.name in set(names))
+        # Units that are blocked do not make the others go in their place.
+        units = sum(int(group.units.sum()) for group in groups)
         for group, share in zip(groups, _global_shares(groups, sparsity * units), strict=True):
             gone |= group.remove(share)[0]
     else:

@@ -213,10 +213,12 @@ def _warnings(
     if task.stage.sparsity > 0 and task.calibration is None:
         found.append(
             "nothing was repaired: with --data (labels are not needed) what units leave behind is"
-            " made up for, which loses several times less"
+            " made up for, which mostly loses several times less"
         )
     elif task.stage.sparsity > 0 and not task.stage.compensate:
-        found.append("nothing was repaired: --compensate loses several times less")
+        found.append("nothing was repaired: --compensate mostly loses several times less")
+    elif task.stage.sparsity > 0 and not method_of(task).needs_data:
+        found.append("--method obs chooses units by what the repair leaves, and mostly loses less")
     kept = [int((~removed[layer.labels]).sum()) for layer in coupling.layers]
     few = [row.samples for row in repairs if row.samples]
     if few and min(few) < 2 * max(kept):
