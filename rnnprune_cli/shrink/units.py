@@ -181,7 +181,8 @@ def _figures(coupling: Coupling, found: Sequence[Reading]) -> UnitFigures:
             continue
         array = cut.labels.array
         over = tuple(k for k in range(array.ndim) if array.shape[k] == 1)
-        squares = np.square(weight, dtype=np.float64).sum(axis=over, keepdims=True)
+        wide = np.result_type(weight, np.float32)  # squares of half-precision numbers overflow
+        squares = np.square(weight, dtype=wide).sum(axis=over, keepdims=True, dtype=np.float64)
         np.add.at(group, root[array], squares)
         if cut.role == "reads":
             np.add.at(outgoing, root[array], squares)
