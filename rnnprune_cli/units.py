@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rnnprune_cli.coupling import Coupling
+from rnnprune_cli.coupling import Coupling, UnitLayer
 from rnnprune_cli.coupling.classes import IntArray
 from rnnprune_cli.model import Array, BoolArray
 
@@ -22,6 +22,9 @@ UNIT_SCOPES = {
     "global": "all units; a score counts as the share of what its layer hands on",
 }
 """Name → within what the scores of units compete."""
+
+Blocked = Mapping[str, str]
+"""Layer name → why none, or not all, of its units may go."""
 
 _LEVELS = 256
 """Numbers of units that ``global`` tries for each layer, at most."""
@@ -37,7 +40,7 @@ class Chosen:
     """
 
     removed: BoolArray
-    blocked: Mapping[str, str]
+    blocked: Blocked
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,11 +136,26 @@ def choose(
         for group in groups:
             gone |= group.remove(sparsity)[0]
     removed = np.isin(root, np.fromiter(gone, np.int64, len(gone)))
+    held = dict(blocked)
     for layer in coupling.layers:
         wanted = layer.name in set(names) and round(sparsity * layer.labels.shape[1]) > 0
         if wanted and scope == "layer" and not removed[layer.labels].any():
-            blocked.setdefault(layer.name, "its units must go with others of which not as many can")
+            blocked.setdefault(layer.name, _held_back(coupling, root, layer, groups, held))
     return Chosen(removed, blocked)
+
+
+def _held_back(
+    coupling: Coupling, root: IntArray, layer: UnitLayer, groups: Sequence[_Group], known: Blocked
+) -> str:
+    """Says what keeps units that are not blocked themselves."""
+    for group in groups:
+        classes = np.concatenate(group.rows)
+        if not np.isin(root[layer.labels], classes).any():
+            continue
+        for other in coupling.layers:
+            if other.name in known and np.isin(root[other.labels], classes).any():
+                return f"as many must go as of '{other.name}', which is held: {known[other.name]}"
+    return "its units must go with others of which not as many can"
 
 
 def _allowed(

@@ -379,6 +379,55 @@ EXACT: dict[str, onnx.ModelProto] = {
     "clipped from below by each unit's own number": graph_of(
         "z = Max(y, low)\n out = MatMul(z, w)", {"low": numbers(N, H), "w": W}, inputs=SIZES
     ),
+    "rows side by side, as in a pyramid of layers": graph_of(
+        "t = Transpose<perm=[1, 0, 2]>(y)\n p = Reshape(t, k)\n out = MatMul(p, w)",
+        {"k": ints(N, -1, 2 * H), "w": numbers(2 * H, 2)},
+    ),
+    "rows of several samples side by side": graph_of(
+        "p = Reshape(y, k)\n out = MatMul(p, w)",
+        {"k": ints(-1, 2 * H), "w": numbers(2 * H, 2)},
+    ),
+    "units in rows of three": graph_of(
+        "p = Reshape(y, k)\n z = Relu(p)\n out = MatMul(z, w)",
+        {"k": ints(-1, 3), "w": numbers(3, 2)},
+    ),
+    "steps and samples as one axis and back": graph_of(
+        """s = Shape(y)
+        t = Gather<axis=0>(s, zero)
+        n = Gather<axis=0>(s, first)
+        tn = Mul(t, n)
+        flat = Concat<axis=0>(tn, minus)
+        f = Reshape(y, flat)
+        b = BatchNormalization(f, scale, bias, mean, var)
+        full = Concat<axis=0>(t, n, minus)
+        z = Reshape(b, full)
+        out = MatMul(z, w)""",
+        {
+            **{"zero": ints(0), "first": ints(1), "minus": ints(-1), "w": W},
+            **{"scale": numbers(H), "bias": numbers(H, seed=2), "mean": numbers(H, seed=3)},
+            "var": numbers(H, seed=4) ** 2 + 1,
+        },
+    ),
+    "a step for each sample, its index expanded as torch does": graph_of(
+        """ones = ConstantOfShape<value = int64[1] {1}>(three)
+        unchanged = Neg(ones)
+        same = Equal(sizes, unchanged)
+        target = Where(same, ones, sizes)
+        full = Expand(index, target)
+        z = GatherElements<axis=0>(y, full)
+        out = MatMul(z, w)""",
+        {
+            **{"three": ints(3), "sizes": ints(-1, N, H), "w": W},
+            "index": ints(3, 1).reshape(1, N, 1),
+        },
+    ),
+    "a grouped product beside the units": graph_of(
+        """g = Einsum<equation="tni,igh->tngh">(x, m)
+        f = Reshape(g, k)
+        s = Add(y, f)
+        out = MatMul(s, w)""",
+        {"m": numbers(INPUTS, 2, H // 2), "k": ints(0, 0, -1), "w": W},
+    ),
 }
 
 FEEDS: dict[str, dict[str, Array]] = {
@@ -513,6 +562,35 @@ def test_blocked_units_name_the_node_and_the_reason(name: str) -> None:
     assert reason in said
 
 
+def test_what_a_runtime_fused_is_to_be_given_as_it_was() -> None:
+    proto = graph_of("z = Relu(y)\n out = MatMul(z, w)", {"w": W})
+    node = next(n for n in proto.graph.node if n.op_type == "Relu")
+    node.op_type, node.domain = "FusedThing", "com.microsoft"
+    proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    (said,) = remove(proto, 0.5, 0).blocked.values()
+    assert said.endswith("is not known; take the file from before onnxruntime optimised it")
+
+
+def test_a_layer_that_is_held_back_by_another_names_it() -> None:
+    proto = graph_of(
+        """h2, g2 = GRU<hidden_size=6>(x, W2, R2)
+        both = Concat<axis=0>(g2, h)
+        upper, lower = Split<axis=0>(both)
+        t = MatMul(upper, w)
+        a = Softmax<axis=-1>(y)
+        u = MatMul(a, w)
+        p = ReduceSum(t)
+        q = ReduceSum(lower)
+        r = Mul(p, q)
+        out = Mul(u, r)""",
+        {"w": W, "W2": numbers(1, 3 * H, INPUTS), "R2": numbers(1, 3 * H, H)},
+    )
+    found = remove(proto, 0.5, 0)
+    assert found.shrunk is None
+    assert found.blocked["GRU_0"].startswith("Softmax 'a': it normalises")
+    assert found.blocked["GRU_1"].startswith("as many must go as of 'GRU_0', which is held: Soft")
+
+
 INEXACT = {
     "LayerNormalization": ("z = LayerNormalization(y, scale, bias)", 17),
     "LayerNormalization over two axes": ("z = LayerNormalization<axis=1>(y, scale, bias)", 17),
@@ -528,6 +606,8 @@ INEXACT = {
     "ReduceSumSquare": ("m = ReduceSumSquare<axes=[-1]>(y)\n z = Mul(y, m)", 13),
     "ReduceL1": ("m = ReduceL1<axes=[-1]>(y)\n z = Div(y, m)", 13),
     "ReduceL2": ("m = ReduceL2<axes=[-1]>(y)\n z = Div(y, m)", 13),
+    "GlobalAveragePool": ("m = GlobalAveragePool(y)\n z = Sub(y, m)", 17),
+    "GlobalMaxPool": ("m = GlobalMaxPool(y)\n z = Sub(y, m)", 17),
     "in a branch": (
         """z = If (yes) <then_branch = a () => (float[T,N,6] p) {
             p = LayerNormalization(y, scale, bias)

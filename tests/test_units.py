@@ -274,6 +274,15 @@ def test_units_that_callers_see_stay_and_it_is_said(couple):
     assert reason.startswith("they are the model's output") and "; return what" in reason
 
 
+def test_what_is_blocked_does_not_make_another_layer_lose_more_than_its_share(couple):
+    g = begin()
+    g.output(layer(g, "x", 8))
+    dense(g, layer(g, "x", 8), 8)
+    coupling = couple(g.model())
+    chosen = pick(coupling, random_scores(coupling, 1), 0.5, "global")
+    assert [int(rows.sum()) for rows in gone(coupling, chosen)] == [0, 4]
+
+
 def test_units_that_are_blocked_in_part_are_counted(couple):
     g = begin()
     y = layer(g, "x", 8)

@@ -197,7 +197,9 @@ class Coupling:
             self._outcomes[id(node)] = _Outcome()
             rule = _RULES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
             if rule is None:
-                self.block(node, "what it does to units is not known")
+                fused = node.domain.startswith("com.microsoft")
+                hint = "take the file from before onnxruntime optimised it" if fused else ""
+                self.block(node, "what it does to units is not known", hint)
             else:
                 rule(self, node)
 

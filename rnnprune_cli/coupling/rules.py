@@ -644,6 +644,9 @@ def pool(c: Coupling, node: ir.Node) -> None:
     if found is None:
         return
     _, array, axis = found
+    if axis > 1 and node.op_type in INEXACT:
+        c.normalises(node, INEXACT[node.op_type])
+        return
     if axis > 1:
         c.block(node, "it slides over the units")
         return
@@ -781,6 +784,8 @@ INEXACT = {
     "ReduceSumSquare": "it takes the sum of squares",
     "ReduceL1": "it takes a norm",
     "ReduceL2": "it takes a norm",
+    "GlobalAveragePool": "it takes the mean",
+    "GlobalMaxPool": "it takes the largest",
 }
 """Operators over units after which the units that stay are others → what they do."""
 

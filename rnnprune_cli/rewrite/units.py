@@ -378,11 +378,11 @@ def _without_removed(r: _Rewriter, node: ir.Node) -> None:
             if (own := input_of(node, index)) is not None:
                 new = one(op_type, new, own)
         _put_after(r, node.outputs[0], new)
-    elif node.op_type in ("Softmax", "LogSoftmax", "ReduceMax", "ReduceMin"):
+    elif node.op_type in ("Softmax", "LogSoftmax", "ReduceMax", "ReduceMin", "GlobalMaxPool"):
         node.replace_input_with(0, far)
     else:
         node.replace_input_with(0, aside)
-        if node.op_type == "ReduceMean":
+        if node.op_type in ("ReduceMean", "GlobalAveragePool"):
             _scale_output(r, node, number(share))
 
 
