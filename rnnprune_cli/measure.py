@@ -57,11 +57,12 @@ def interleaved_latency(
     left = rounds
     while left > 0:
         sides = tuple(opener() for opener in openers)
+        feeds = tuple(runner.prepared(feed) for runner in sides)
         calls, slowest = [], 0.0
-        for runner in sides:
+        for runner, own in zip(sides, feeds, strict=True):
             runner.reset()
             for _ in range(WARM_UP_CALLS):
-                single = _seconds(runner, feed, 1)
+                single = _seconds(runner, own, 1)
                 if single > seconds / WARM_UP_CALLS:
                     break
             calls.append(max(1, round(SHORTEST_SAMPLE / max(single, 1e-7))))
@@ -75,7 +76,9 @@ def interleaved_latency(
                 break
             for side in generator.permutation(2):
                 sides[side].reset()
-                pairs[side].append(1e3 * _seconds(sides[side], feed, calls[side]) / calls[side])
+                pairs[side].append(
+                    1e3 * _seconds(sides[side], feeds[side], calls[side]) / calls[side]
+                )
         samples.append(pairs)
         left -= 1
     before, after = (np.concatenate([r[side] for r in samples]) for side in (0, 1))

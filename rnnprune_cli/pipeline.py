@@ -661,7 +661,7 @@ def require_layers(model: LoadedModel) -> None:
         )
     raise RnnpruneError(
         f"{model.path} has no recurrent layer: no LSTM, GRU or RNN was found",
-        "rnnprune prunes recurrent layers only; 'rnnprune inspect' lists what it sees",
+        "rnnprune prunes recurrent layers only, and what can be lifted to one",
     )
 
 

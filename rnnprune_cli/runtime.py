@@ -89,13 +89,17 @@ class ResizedRunner(Runner):
         self.inputs, self.outputs = runner.inputs, runner.outputs
         self.size_hints = runner.size_hints
 
-    def run(self, feed: Feed) -> list[Array]:
-        """Runs the model; states that are short already are taken as they are."""
+    def prepared(self, feed: Feed) -> Feed:
+        """Returns the feed with states cut; those that are short already stay."""
         cut = dict(feed)
         for name, (keep, axis) in self._resized.items():
             if cut[name].shape[axis] == keep.shape[axis]:
                 cut[name] = compress(cut[name], keep, axis)
-        return self._runner.run(cut)
+        return cut
+
+    def run(self, feed: Feed) -> list[Array]:
+        """Runs the model; see :meth:`Runner.run`."""
+        return self._runner.run(self.prepared(feed))
 
 
 _SOURCE_PLACE = re.compile(r"/onnxruntime_src/\S+:\d+ ")

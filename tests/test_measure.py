@@ -97,3 +97,23 @@ def test_environment_names_what_took_part():
     environment = measure.environment(3)
     assert environment["threads"] == 3
     assert {"numpy", "onnxruntime"} <= environment["versions"].keys()
+
+
+def test_a_feed_is_prepared_before_the_clock_runs():
+    class Cutting(Runner):
+        inputs = outputs = ()
+
+        def __init__(self) -> None:
+            self.seen: set[int] = set()
+
+        def prepared(self, feed):
+            return {"x": feed["x"][:2]}
+
+        def run(self, feed):
+            self.seen.add(len(feed["x"]))
+            return []
+
+    sides = Cutting(), Cutting()
+    feed = {"x": np.zeros(5)}
+    measure.interleaved_latency((lambda: sides[0], lambda: sides[1]), feed, 0.0, 1)
+    assert sides[0].seen == sides[1].seen == {2}

@@ -212,13 +212,14 @@ def method_of(task: Task) -> Method:
 def nothing_removed(model: OnnxModel, blocked: Mapping[str, str], stage: Stage) -> RnnpruneError:
     """Returns the error that says why nothing could be removed."""
     # What holds some units of a layer is no reason for none to go.
+    layers = stage.granularity == "layer"
     whole = {name: why for name, why in blocked.items() if not re.match(r"\d+ of \d+ units: ", why)}
     for name, reason in whole.items():
         more = f" ({len(whole) - 1} more layers)" if len(whole) > 1 else ""
         why, _, hint = reason.partition("; ")
         return RnnpruneError(
             f"no {stage.granularity} of {model.path} can be removed: '{name}': {why}{more}",
-            hint or "'rnnprune inspect' shows what blocks each layer; --granularity weight works",
+            hint or ("--granularity weight works" + (" and so may unit" if layers else "")),
         )
     return RnnpruneError(
         f"sparsity {stage.sparsity:g} removes not a single {stage.granularity}: there are too few",
