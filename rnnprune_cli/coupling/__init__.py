@@ -231,7 +231,7 @@ class Coupling:
             labels = self.of(output)
             if labels is None:
                 continue
-            made = self._states_in(output)
+            made = {(id(v.producer()), v.index() == 2) for v in self._recurrent_outputs(output)}
             for value, begun in list(begins.values()):
                 if begun == made and self._may_be(value, output, labels):
                     shape = [static(value, k) or 1 for k in range(labels.array.ndim)]
@@ -252,7 +252,7 @@ class Coupling:
         alike = [
             self.layout.dimension(value, k) == self.layout.dimension(output, k) for k in others
         ]
-        return all(alike) or not any(self._is_sequence(output))
+        return all(alike) or self._is_final(output)
 
     def cuts_now(self) -> list[Cut]:
         """Returns what is to be cut as far as is known."""
@@ -277,9 +277,8 @@ class Coupling:
                 pending += [v for v in node.inputs if v is not None]
         return list(found)
 
-    def _states_in(self, value: ir.Value) -> set[tuple[int, bool]]:
-        """Returns (id of operator, whether its cell state) of what a value is made of."""
-        found: set[tuple[int, bool]] = set()
+    def _recurrent_outputs(self, value: ir.Value) -> Iterator[ir.Value]:
+        """Yields the outputs of recurrent operators that a value with labels is made of."""
         pending, seen = [value], set[int]()
         while pending:
             current = pending.pop()
@@ -288,12 +287,15 @@ class Coupling:
                 continue
             seen.add(id(current))
             if is_recurrent(node):
-                found.add((id(node), current.index() == 2))
+                yield current
             elif node.op_type == "If":
                 pending += [branch.outputs[current.index() or 0] for branch in subgraphs(node)]
             else:
                 pending += [v for v in node.inputs if v is not None]
-        return found
+
+    def _is_final(self, output: ir.Value) -> bool:
+        """Tells whether an output is made of final states, not of all steps."""
+        return all(value.index() != 0 for value in self._recurrent_outputs(output))
 
     def _blocked_places(self) -> Iterator[Block]:
         """Says which units would take along what no unit reaches, from all that reads it."""
@@ -325,7 +327,7 @@ class Coupling:
                 if own.axis == labels.axis and bool((mine == theirs).all()):
                     continue
                 said += ", in another order than its input"
-            final = not any(self._is_sequence(output))
+            final = self._is_final(output)
             if state is None and final and resize_state:
                 self.states.append(State(None, output))
                 continue
@@ -334,20 +336,6 @@ class Coupling:
                 hint = "--resize-state hands out a shorter state"
             blocks.append(Block(labels.array.reshape(-1), said, hint))
         return blocks
-
-    def _is_sequence(self, output: ir.Value) -> Iterator[bool]:
-        """Yields, for each recurrent output that a value is made of, whether it has all steps."""
-        pending, seen = [output], set[int]()
-        while pending:
-            current = pending.pop()
-            node = current.producer()
-            if id(current) in seen or node is None or self.of(current) is None:
-                continue
-            seen.add(id(current))
-            if is_recurrent(node):
-                yield current.index() == 0
-            else:
-                pending += [v for v in node.inputs if v is not None]
 
     # What is known
 

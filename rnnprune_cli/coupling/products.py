@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from rnnprune_cli.coupling.classes import IntArray
-from rnnprune_cli.coupling.rules import Rule, meets, only_first
+from rnnprune_cli.coupling.rules import Rule, meets, of_first
 from rnnprune_cli.graph import input_of
 from rnnprune_cli.layout import einsum_terms as einsum_terms
 from rnnprune_cli.model import GATES
@@ -127,12 +127,9 @@ def _placed(array: IntArray, term: str, other: str) -> IntArray:
     return turned.reshape([sizes.get(x, 1) for x in other])
 
 
-def conv(c: Coupling, node: ir.Node) -> None:
+@of_first
+def conv(c: Coupling, node: ir.Node, array: IntArray, axis: int) -> None:
     """Sums over channels, the second axis."""
-    found = only_first(c, node)
-    if found is None:
-        return
-    _, array, axis = found
     weight = node.inputs[1]
     group = node.attributes.get_int("group", 1)
     outputs = None if weight is None else c.size(weight, 0)

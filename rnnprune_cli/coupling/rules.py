@@ -28,6 +28,17 @@ def only_first(c: Coupling, node: ir.Node) -> tuple[ir.Value, IntArray, int] | N
     return value, labels.array, labels.axis
 
 
+def of_first(rule: Callable[[Coupling, ir.Node, IntArray, int], None]) -> Rule:
+    """Makes a rule of one that looks at the labels of the first input and their unit axis only."""
+
+    def checked(c: Coupling, node: ir.Node) -> None:
+        found = only_first(c, node)
+        if found is not None:
+            rule(c, node, found[1], found[2])
+
+    return checked
+
+
 def same(c: Coupling, node: ir.Node) -> None:
     """The output has the input's shape, and each element depends on one."""
     if (found := only_first(c, node)) is not None:
@@ -137,12 +148,9 @@ def squeeze(c: Coupling, node: ir.Node) -> None:
     )
 
 
-def unsqueeze(c: Coupling, node: ir.Node) -> None:
+@of_first
+def unsqueeze(c: Coupling, node: ir.Node, array: IntArray, axis: int) -> None:
     """Adds axes of size 1."""
-    found = only_first(c, node)
-    if found is None:
-        return
-    _, array, axis = found
     count = len(node.attributes.get_ints("axes", ())) or (
         0 if (given := c.layout.constant_ints(input_of(node, 1))) is None else len(given)
     )
@@ -282,12 +290,9 @@ def _run(
     return None
 
 
-def slice_(c: Coupling, node: ir.Node) -> None:
+@of_first
+def slice_(c: Coupling, node: ir.Node, array: IntArray, axis: int) -> None:
     """Takes a part of some axes."""
-    found = only_first(c, node)
-    if found is None:
-        return
-    _, array, axis = found
     bounds = c.layout.slice_bounds(node)
     if bounds is None:
         axes = None if len(node.inputs) < 4 else c.layout.constant_ints(node.inputs[3])
@@ -309,12 +314,9 @@ def slice_(c: Coupling, node: ir.Node) -> None:
     c.give(node.outputs[0], array, axis, node)
 
 
-def gather(c: Coupling, node: ir.Node) -> None:
+@of_first
+def gather(c: Coupling, node: ir.Node, array: IntArray, axis: int) -> None:
     """Picks places along an axis."""
-    found = only_first(c, node)
-    if found is None:
-        return
-    _, array, axis = found
     at = (node.attributes.get_int("axis", 0) or 0) % array.ndim
     indices = node.inputs[1]
     count = None if indices is None else c.rank(indices)
@@ -341,12 +343,9 @@ def gather(c: Coupling, node: ir.Node) -> None:
     c.give(node.outputs[0], array, axis + (count - 1 if at < axis else 0), node)
 
 
-def gather_elements(c: Coupling, node: ir.Node) -> None:
+@of_first
+def gather_elements(c: Coupling, node: ir.Node, array: IntArray, axis: int) -> None:
     """Picks places along one axis, others for each place along the others."""
-    found = only_first(c, node)
-    if found is None:
-        return
-    _, array, axis = found
     at = (node.attributes.get_int("axis", 0) or 0) % array.ndim
     if at == axis:
         c.block(node, "it picks units by indices")
@@ -362,12 +361,9 @@ def gather_elements(c: Coupling, node: ir.Node) -> None:
     c.give(node.outputs[0], array, axis, node)
 
 
-def gather_nd(c: Coupling, node: ir.Node) -> None:
+@of_first
+def gather_nd(c: Coupling, node: ir.Node, array: IntArray, axis: int) -> None:
     """Picks whole slices of the last axes."""
-    found = only_first(c, node)
-    if found is None:
-        return
-    _, array, axis = found
     batch = node.attributes.get_int("batch_dims", 0) or 0
     indices = node.inputs[1]
     count = None if indices is None else c.rank(indices)
@@ -380,12 +376,9 @@ def gather_nd(c: Coupling, node: ir.Node) -> None:
     c.give(node.outputs[0], c.along(array, axis, ndim, to), to, node)
 
 
-def split(c: Coupling, node: ir.Node) -> None:
+@of_first
+def split(c: Coupling, node: ir.Node, array: IntArray, axis: int) -> None:
     """Takes an axis apart."""
-    found = only_first(c, node)
-    if found is None:
-        return
-    _, array, axis = found
     at = (node.attributes.get_int("axis", 0) or 0) % array.ndim
     if array.shape[at] == 1:
         for output in node.outputs:
@@ -467,12 +460,9 @@ def _stacked(c: Coupling, node: ir.Node, arrays: list[IntArray], at: int) -> lis
     return [tied[0]]
 
 
-def expand(c: Coupling, node: ir.Node) -> None:
+@of_first
+def expand(c: Coupling, node: ir.Node, array: IntArray, axis: int) -> None:
     """Repeats along axes of size 1, and adds axes in front."""
-    found = only_first(c, node)
-    if found is None:
-        return
-    _, array, axis = found
     target = node.inputs[1]
     count = None if target is None else c.size(target, 0)
     if count is None:
@@ -482,12 +472,9 @@ def expand(c: Coupling, node: ir.Node) -> None:
     c.give(node.outputs[0], array.reshape((1,) * more + array.shape), axis + more, node)
 
 
-def tile(c: Coupling, node: ir.Node) -> None:
+@of_first
+def tile(c: Coupling, node: ir.Node, array: IntArray, axis: int) -> None:
     """Repeats along axes."""
-    found = only_first(c, node)
-    if found is None:
-        return
-    _, array, axis = found
     repeats = c.layout.integers(node.inputs[1]) if node.inputs[1] is not None else None
     times = [r.get(ONE, 0) if set(r) <= {ONE} else 0 for r in repeats or []]
     if len(times) != array.ndim or any(
@@ -499,12 +486,9 @@ def tile(c: Coupling, node: ir.Node) -> None:
     c.give(node.outputs[0], repeated, axis, node)
 
 
-def pad(c: Coupling, node: ir.Node) -> None:
+@of_first
+def pad(c: Coupling, node: ir.Node, array: IntArray, axis: int) -> None:
     """Adds places at the ends of axes."""
-    found = only_first(c, node)
-    if found is None:
-        return
-    _, array, axis = found
     pads: list[int] | None = list(
         node.attributes.get_ints("pads", ()) or node.attributes.get_ints("paddings", ())
     )
@@ -527,12 +511,9 @@ def pad(c: Coupling, node: ir.Node) -> None:
     c.give(node.outputs[0], array, axis, node)
 
 
-def reduce(c: Coupling, node: ir.Node) -> None:
+@of_first
+def reduce(c: Coupling, node: ir.Node, array: IntArray, axis: int) -> None:
     """Reduces axes to one place each."""
-    found = only_first(c, node)
-    if found is None:
-        return
-    _, array, axis = found
     if node.op_type in ("ArgMax", "ArgMin"):
         axes: list[int] | None = [(node.attributes.get_int("axis", 0) or 0) % array.ndim]
     else:
@@ -561,12 +542,9 @@ def reduce(c: Coupling, node: ir.Node) -> None:
         c.give(output, array, axis, node)
 
 
-def along_axis(c: Coupling, node: ir.Node) -> None:
+@of_first
+def along_axis(c: Coupling, node: ir.Node, array: IntArray, axis: int) -> None:
     """Works along one axis, place by place along the others (Softmax from opset 13, CumSum)."""
-    found = only_first(c, node)
-    if found is None:
-        return
-    _, array, axis = found
     if node.op_type == "CumSum":
         given = c.layout.constant_ints(node.inputs[1])
         at = None if given is None or len(given) != 1 else given[0]
@@ -594,12 +572,9 @@ def along_axis(c: Coupling, node: ir.Node) -> None:
     c.give(node.outputs[0], array, axis, node)
 
 
-def layer_normalization(c: Coupling, node: ir.Node) -> None:
+@of_first
+def layer_normalization(c: Coupling, node: ir.Node, array: IntArray, axis: int) -> None:
     """Normalises over the last axes, then scales each place."""
-    found = only_first(c, node)
-    if found is None:
-        return
-    _, array, axis = found
     at = (node.attributes.get_int("axis", -1) or 0) % array.ndim
     if axis >= at and not c.normalises(node, INEXACT[node.op_type]):
         return
@@ -615,12 +590,9 @@ def layer_normalization(c: Coupling, node: ir.Node) -> None:
             c.block(node, "its mean is read")
 
 
-def by_channel(c: Coupling, node: ir.Node) -> None:
+@of_first
+def by_channel(c: Coupling, node: ir.Node, array: IntArray, axis: int) -> None:
     """Treats every channel, the second axis, with constants of its own."""
-    found = only_first(c, node)
-    if found is None:
-        return
-    _, array, axis = found
     whole = node.attributes.get_int("training_mode", 0) or not node.attributes.get_int("spatial", 1)
     if whole or any(o.uses() or o.is_graph_output() for o in node.outputs[1:]):
         c.block(node, "it is in training mode, or normalises each place by itself")
@@ -638,12 +610,9 @@ def by_channel(c: Coupling, node: ir.Node) -> None:
     c.give(node.outputs[0], array, axis, node)
 
 
-def pool(c: Coupling, node: ir.Node) -> None:
+@of_first
+def pool(c: Coupling, node: ir.Node, array: IntArray, axis: int) -> None:
     """Reduces or slides over the axes from the third on."""
-    found = only_first(c, node)
-    if found is None:
-        return
-    _, array, axis = found
     if axis > 1 and node.op_type in INEXACT:
         c.normalises(node, INEXACT[node.op_type])
         return
@@ -659,12 +628,9 @@ def pool(c: Coupling, node: ir.Node) -> None:
     c.give(node.outputs[0], array, axis, node)
 
 
-def reverse_sequence(c: Coupling, node: ir.Node) -> None:
+@of_first
+def reverse_sequence(c: Coupling, node: ir.Node, array: IntArray, axis: int) -> None:
     """Reverses each sequence of a batch."""
-    found = only_first(c, node)
-    if found is None:
-        return
-    _, array, axis = found
     axes = [node.attributes.get_int("batch_axis", 1), node.attributes.get_int("time_axis", 0)]
     if axis in axes:
         c.block(node, "it works along the units")
