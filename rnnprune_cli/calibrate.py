@@ -33,18 +33,27 @@ class Batch:
     samples: int
     padded: tuple[int, int] | None = None
 
-    def valid(self, array: Array, units: Sequence[int] = ()) -> Array:
-        """Drops padded steps: along the only axis that is as long as padded sequences are.
+    def steps(self, array: Array) -> Array:
+        """Drops padded steps of a value whose first axis is the steps."""
+        return array if self.padded is None else array[: self.padded[1]]
+
+    def valid(self, array: Array, units: Sequence[int]) -> Array | None:
+        """Drops padded steps: along the axis that is as long as padded sequences are.
 
         Args:
             array: One of the values.
             units: Axes that hold no steps.
+
+        Returns:
+            None if several axes are that long.
         """
         if self.padded is None:
             return array
         length, steps = self.padded
         axes = [k for k, n in enumerate(array.shape) if n == length and k not in units]
-        return array.take(range(steps), axes[0]) if len(axes) == 1 else array
+        if len(axes) > 1:
+            return None
+        return array.take(range(steps), axes[0]) if axes else array
 
 
 def expose(model: ir.Model, values: Sequence[ir.Value]) -> dict[int, str]:
@@ -145,23 +154,26 @@ def run_batches(
         default=0,
     )
     lengths = np.full(data.count, -1) if data.lengths is None else data.lengths
-    at_once = 1  # until it is known what a sample makes
+    at_once, most = 1, 1 if data.single else MAX_SAMPLES  # one, until it is known what it makes
+    insists = False  # on the padded length
     for length in np.unique(lengths):
         chosen = np.flatnonzero(lengths == length)
         while len(chosen):
-            some, chosen = np.split(chosen, [1 if data.single else at_once])
+            some = chosen[:at_once]
+            cut = length >= 0 and not insists
+            first, last_one = int(some[0]), int(some[-1]) + 1
             try:
-                if length < 0:
-                    results = runner.run(data.feed(int(some[0]), int(some[-1]) + 1))
-                else:
-                    results = runner.run(data.take(some, int(length)))
+                feed = data.take(some, int(length)) if cut else data.feed(first, last_one)
+                results = runner.run(feed)
             except RnnpruneError:
-                if length < 0:
+                if len(some) > 1:
+                    at_once = most = 1
+                elif cut:
+                    insists, at_once, most = True, 1, 1
+                else:
                     raise
-                for sample in some:
-                    results = runner.run(data.feed(int(sample), int(sample) + 1))
-                    yield batch(results, 1, (longest, int(length)))
                 continue
+            chosen = chosen[at_once:]
             each = sum(result.nbytes for result in results) / len(some)
-            at_once = int(np.clip(MAX_BYTES / max(each, 1), 1, MAX_SAMPLES))
-            yield batch(results, len(some))
+            at_once = int(np.clip(MAX_BYTES / max(each, 1), 1, most))
+            yield batch(results, len(some), (longest, int(length)) if insists else None)

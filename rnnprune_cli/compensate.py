@@ -299,10 +299,13 @@ def watch(found: list[Reading], names: Mapping[int, str], batches: Iterator[Batc
             if id(reading.moments) in done:
                 continue
             done.add(id(reading.moments))
-            array = batch.valid(array, [reading.labels.axis])
-            reading.moments.add(_samples(array, reading.labels, reading.cut.labels))
+            steps = batch.valid(array, [reading.labels.axis])
+            if steps is None:
+                reading.problem = "its padded steps cannot be told from another axis"
+                continue
+            reading.moments.add(_samples(steps, reading.labels, reading.cut.labels))
     for reading in found:
-        if reading.moments is not None and reading.moments.count == 0:
+        if reading.problem is None and reading.moments and not reading.moments.count:
             reading.problem = "the data never reach it"
 
 
@@ -313,7 +316,7 @@ def _watch_states(reading: Reading, batch: Batch, y: Array, names: Mapping[int, 
     first = node.attributes.get_int("layout", 0) == 1
     if first:
         y = y.transpose(1, 2, 0, 3)
-    y = batch.valid(y, [1, 2, 3])
+    y = batch.steps(y)
     initial = input_of(node, 5)
     start = None if initial is None else batch.values.get(names.get(id(initial), ""))
     if start is None or start.size == 0:
@@ -329,7 +332,7 @@ def _watch_states(reading: Reading, batch: Batch, y: Array, names: Mapping[int, 
     x = None if value is None else batch.values.get(names.get(id(value), ""))
     if x is None:
         return
-    x = batch.valid(x.transpose(1, 0, 2) if first else x, [1, 2])
+    x = batch.steps(x.transpose(1, 0, 2) if first else x)
     before = _before(node, y, start)
     gate = _reset_gate(node, x, before, reading)
     if gate is not None:
@@ -377,43 +380,6 @@ def _reset_gate(node: ir.Node, x: Array, before: Array, reading: Reading) -> Arr
             total += b[d, gates] + b[d, 4 * n : 5 * n]
         parts.append(function(total))
     return np.stack(parts)
-
-
-class Passage:
-    """What a layer makes of what it reads, as far as a linear map can tell.
-
-    Attributes:
-        count: Number of steps seen.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._sums: list[Array] = []
-
-    def add(self, x: Array, y: Array) -> None:
-        """Adds X ``[steps, batch, features]`` and Y ``[steps, directions, batch, units]``."""
-        read = x.reshape(-1, x.shape[2]).astype(np.float64)
-        made = y.transpose(0, 2, 1, 3).reshape(len(read), -1).astype(np.float64)
-        self.count += len(read)
-        more = [read.sum(0), made.sum(0), read.T @ read, read.T @ made, np.square(made).sum(0)]
-        self._sums = [a + b for a, b in zip(self._sums, more, strict=True)] if self._sums else more
-
-    def fit(self) -> tuple[Array, Array, float]:
-        """Fits ``Y ≈ X · A + c`` by least squares.
-
-        Returns:
-            A ``[features, directions * units]``, c ``[directions * units]``, and the share of Y's
-            variance that stays unexplained.
-        """
-        read, made, squares, products, energy = (a / self.count for a in self._sums)
-        inner = squares - np.outer(read, read)
-        across = products - np.outer(read, made)
-        inner += RIDGES[0] * max(float(np.diag(inner).mean()), 1e-12) * np.eye(len(inner))
-        matrix = np.linalg.solve(inner, across)
-        total = float((energy - np.square(made)).sum())
-        explained = float((matrix * across).sum())
-        share = 1 - explained / total if total > 0 else 0.0
-        return matrix, made - read @ matrix, min(max(share, 0.0), 1.0)
 
 
 def variances(coupling: Coupling, found: Sequence[Reading]) -> Array:

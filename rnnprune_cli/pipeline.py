@@ -55,8 +55,7 @@ from rnnprune_cli.model import (
     Stage,
     Weight,
 )
-from rnnprune_cli.select import SCOPES, families, select
-from rnnprune_cli.units import UNIT_SCOPES
+from rnnprune_cli.select import SCOPES, UNIT_SCOPES, families, select
 from rnnprune_cli.verify import (
     CONVERSION_TOLERANCE,
     require,

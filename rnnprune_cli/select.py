@@ -17,6 +17,12 @@ SCOPES = {
 }
 """Name → within what the scores compete."""
 
+UNIT_SCOPES = {
+    "layer": "the units of each layer, and of layers that must keep the same ones",
+    "global": "all units; a score counts as the share of what its layer hands on",
+}
+"""Name → within what the scores of units compete."""
+
 NDArrayInt = np.ndarray[Any, np.dtype[np.int64]]
 
 _CHUNK_ELEMENTS = 1 << 20

@@ -17,12 +17,6 @@ from rnnprune_cli.coupling import Coupling, UnitLayer
 from rnnprune_cli.coupling.classes import IntArray
 from rnnprune_cli.model import Array, BoolArray
 
-UNIT_SCOPES = {
-    "layer": "the units of each layer, and of layers that must keep the same ones",
-    "global": "all units; a score counts as the share of what its layer hands on",
-}
-"""Name → within what the scores of units compete."""
-
 Blocked = Mapping[str, str]
 """Layer name → why none, or not all, of its units may go."""
 
@@ -118,7 +112,7 @@ def choose(
         scores: float, one for each label, ≥ 0; the same for all of a class.
         names: The layers that may lose units.
         sparsity: Share of their units to remove, 0 ≤ s < 1.
-        scope: A key of :data:`UNIT_SCOPES`.
+        scope: A key of :data:`rnnprune_cli.select.UNIT_SCOPES`.
 
     Returns:
         The choice; every layer keeps at least one unit in each direction.

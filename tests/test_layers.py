@@ -201,3 +201,32 @@ def test_features_that_something_else_reads_stay(remove, tmp_path):
     assert (1, 3 * HIDDEN // 2, 6) in [
         a.shape for a in initializers(tmp_path / "out.onnx").values()
     ]
+
+
+def test_a_layer_that_no_sample_reaches_stays_and_it_is_said(remove, tmp_path):
+    model = stack(("GRU", "LSTM"))
+    last = next(node for node in model.graph.node if node.op_type == "LSTM")
+    inner = onnx.helper.make_graph(
+        [last], "taken", [], [onnx.helper.make_empty_tensor_value_info(last.output[0])]
+    )
+    other = onnx.helper.make_graph(
+        [onnx.helper.make_node("Unsqueeze", [last.input[0], "axis"], ["plain"])],
+        "plain",
+        [],
+        [onnx.helper.make_empty_tensor_value_info("plain")],
+    )
+    chosen = onnx.helper.make_node(
+        "If", ["flag"], ["either"], then_branch=inner, else_branch=other, name="either"
+    )
+    made = last.output[0]
+    last.CopyFrom(chosen)
+    for node in model.graph.node:
+        node.input[:] = ["either" if name == made else name for name in node.input]
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([1]), "axis"))
+    model.graph.input.append(onnx.helper.make_tensor_value_info("flag", 9, []))
+    path = tmp_path / "data.npz"
+    x = np.random.default_rng(3).standard_normal((30, 12, 5)).astype(np.float32)
+    np.savez(path, x=x, flag=np.array(False))
+    report = remove(model, method="obs", data=path)
+    assert [row.hidden_after for row in report.layers] == [0, HIDDEN]
+    assert "the data never reach it" in report.layers[1].blocked

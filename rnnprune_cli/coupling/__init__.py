@@ -25,7 +25,7 @@ from rnnprune_cli.coupling.features import seed
 from rnnprune_cli.coupling.rules import Rule
 from rnnprune_cli.find import Found, is_recurrent, locate
 from rnnprune_cli.graph import Folder, Walker, subgraphs
-from rnnprune_cli.layout import Layout, rank, static
+from rnnprune_cli.layout import ONE, Layout, rank, static
 from rnnprune_cli.model import Array
 
 Role = Literal["own", "reads", "element", "initial"]
@@ -327,6 +327,9 @@ class Coupling:
                 if own.axis == labels.axis and bool((mine == theirs).all()):
                     continue
                 said += ", in another order than its input"
+                hint = "hand states out in the order in which they are handed in"
+                blocks.append(Block(labels.array.reshape(-1), said, hint))
+                continue
             final = self._is_final(output)
             if state is None and final and resize_state:
                 self.states.append(State(None, output))
@@ -365,7 +368,7 @@ class Coupling:
         found = static(value, axis)
         if found is None:
             size = self.layout.dimension(value, axis)
-            found = size.get("1", 0) if size is not None and set(size) <= {"1"} else None
+            found = size.get(ONE, 0) if size is not None and set(size) <= {ONE} else None
         return found
 
     def rank(self, value: ir.Value) -> int | None:

@@ -28,10 +28,9 @@ def settle(model: ir.Model, file_bytes: int) -> None:
         model: A model without functions, with shapes inferred; changed in place.
         file_bytes: Size of its files.
     """
-    while True:
+    while ifs := [node for node in model.graph.all_nodes() if node.op_type == "If"]:
         walker = Walker(model)
         layout = Layout(walker, Folder(walker, file_bytes))
-        ifs = [node for node in model.graph.all_nodes() if node.op_type == "If"]
         decided: dict[int, tuple[ir.Node, str]] = {}
         for node in ifs:
             taken = layout.truth(node.inputs[0])

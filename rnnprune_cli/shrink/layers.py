@@ -7,15 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from rnnprune_cli.compensate import (
-    Passage,
-)
-from rnnprune_cli.model import (
-    GATES,
-    LayerFigures,
-    RecurrentLayer,
-    Repair,
-)
+from rnnprune_cli.compensate import Moments
+from rnnprune_cli.model import GATES, LayerFigures, RecurrentLayer, Repair
 from rnnprune_cli.rewrite.layers import LinearMap, bypass, imitate, obstacle
 from rnnprune_cli.shrink.task import (
     Shrunk,
@@ -61,28 +54,27 @@ def remove_layers(task: Task) -> Shrunk:
     wanted = min(round(task.stage.sparsity * len(task.names)), len(model.layers) - 1)
     if task.stage.sparsity > 0 and not (wanted and free):
         raise nothing_removed(model, blocked, task.stage)
-    passages: dict[str, Passage] = {}
+    fitted: dict[str, tuple[LinearMap, float, int]] = {}
     if task.calibration is not None and (fit or method.needs_data):
-        passages = _passages(task, graph, [nodes[layer.name] for layer in free])
-    fitted = {name: passage.fit() for name, passage in passages.items()}
+        fitted = _fitted(task, graph, [(layer, nodes[layer.name]) for layer in free])
+        for layer in [layer for layer in free if layer.name not in fitted]:
+            blocked[layer.name] = "the data never reach it, or it is in a loop"
+            free.remove(layer)
+        if task.stage.sparsity > 0 and not free:
+            raise nothing_removed(model, blocked, task.stage)
     generator = np.random.default_rng(task.seed)
     scored = [
         method.layer(
             LayerFigures(
                 float(np.mean([np.square(w.read(), dtype=np.float64).mean() for w in x.weights])),
-                fitted[x.name][2] if x.name in fitted else None,
+                fitted[x.name][1] if x.name in fitted else None,
             ),
             generator,
         )
         for x in free
     ]
     gone = [free[k] for k in np.argsort(scored, kind="stable")[:wanted]]
-    chosen: dict[str, LinearMap] = {}
-    for x in gone:
-        chosen[x.name] = LinearMap()
-        if fit:
-            weight, bias, _ = fitted[x.name]
-            chosen[x.name] = LinearMap(weight.astype(x.w.dtype), bias.astype(x.w.dtype))
+    chosen = {x.name: fitted[x.name][0] if fit else LinearMap() for x in gone}
     task.progress("taking layers out")
     without, imitating = prepared(model), prepared(model)
     bypass(without, chosen)
@@ -94,7 +86,7 @@ def remove_layers(task: Task) -> Shrunk:
     claims = verified(task, whole, imitation, result, WITHOUT_LAYERS, {})
     stands = "a linear map" if fit else "its input"
     repairs = [
-        Repair(f"linear map for '{name}'", passages[name].count, fitted[name][2])
+        Repair(f"linear map for '{name}'", fitted[name][2], fitted[name][1])
         for name in chosen
         if fit
     ]
@@ -102,17 +94,37 @@ def remove_layers(task: Task) -> Shrunk:
     return Shrunk(result, claims, (), (), tuple(repairs), blocked, ())
 
 
-def _passages(task: Task, graph: ir.Model, nodes: Sequence[ir.Node]) -> dict[str, Passage]:
-    """Runs a model on data and adds up what layers read and make."""
-    values = [v for node in nodes for v in (node.inputs[0], node.outputs[0]) if v is not None]
+def _fitted(
+    task: Task, graph: ir.Model, layers: Sequence[tuple[RecurrentLayer, ir.Node]]
+) -> dict[str, tuple[LinearMap, float, int]]:
+    """Runs a model on data and predicts what layers make from what they read.
+
+    Returns:
+        Name → map, share of the variance that it leaves unexplained, and number of steps.
+    """
+    values = [v for _, node in layers for v in (node.inputs[0], node.outputs[0]) if v is not None]
     names, batches = task.batches(graph, values, {})
-    found = {node.name or "": Passage() for node in nodes}
+    found: dict[str, Moments] = {}
     for batch in batches:
-        for node in nodes:
+        for layer, node in layers:
             x, y = (
                 batch.values.get(names.get(id(value), ""))
                 for value in (node.inputs[0], node.outputs[0])
             )
-            if x is not None and y is not None and x.size:
-                found[node.name or ""].add(batch.valid(x, [1, 2]), batch.valid(y, [1, 2, 3]))
-    return found
+            if x is None or y is None or not x.size or not y.size:
+                continue  # in a loop, or in a branch that was not taken
+            x, y = batch.steps(x), batch.steps(y)
+            made = y.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1)
+            both = np.concatenate([x, made], axis=2).reshape(1, -1, x.shape[2] + made.shape[2])
+            found.setdefault(layer.name, Moments(1, both.shape[2])).add(both)
+    maps = {}
+    for layer, _ in layers:
+        moments = found.get(layer.name)
+        if moments is not None:
+            units = layer.w.shape[0] * layer.hidden_size
+            read = np.arange(layer.input_size + units) < layer.input_size
+            weight, bias, unexplained = moments.predict(0, read)
+            dtype = layer.w.dtype
+            linear = LinearMap(weight.T.astype(dtype), bias.astype(dtype))
+            maps[layer.name] = (linear, unexplained, moments.count)
+    return maps

@@ -227,6 +227,13 @@ def nothing_removed(model: OnnxModel, blocked: Mapping[str, str], stage: Stage) 
     )
 
 
+def compared(task: Task, claim: str, one: Runner, two: Runner) -> Claim:
+    """Holds two models against each other on the task's inputs."""
+    names = [o.name for o in one.outputs]
+    relative = tolerance(task.model)
+    return verify_runs(claim, one, two, task.feeds, names, task.made_up, relative)
+
+
 def verified(
     task: Task,
     whole: OnnxModel,
@@ -236,22 +243,14 @@ def verified(
     states: Mapping[str, str],
 ) -> tuple[Claim, ...]:
     """Holds the model that is worked on against the original, and the result against its own."""
-    names = [o.name for o in task.model.open(task.threads).outputs]
-
-    def compared(claim: str, first: OnnxModel, second: OnnxModel) -> Claim:
-        runners = first.open(task.threads), second.open(task.threads)
-        relative = tolerance(task.model)
-        return verify_runs(claim, *runners, task.feeds, names, task.made_up, relative)
-
-    claims = [compared(PREPARED, task.model, whole)]
-    claims.append(compared(claim, reference, result))
+    threads = task.threads
+    claims = [compared(task, PREPARED, task.model.open(threads), whole.open(threads))]
+    one, two = reference.open(threads), result.open(threads)
+    claims.append(compared(task, claim, one, two))
     if states:
-        one, two = (
-            _streamed(model.open(task.threads), task.feeds, names, states)
-            for model in (reference, result)
-        )
+        first, second = (_streamed(runner, task.feeds, states) for runner in (one, two))
         streamed = STREAMED.format(steps=STREAMED_STEPS)
-        claims.append(verify_same(streamed, one, two, tolerance(task.model)))
+        claims.append(verify_same(streamed, first, second, tolerance(task.model)))
     return tuple(claims)
 
 
@@ -262,7 +261,7 @@ def tolerance(model: OnnxModel) -> float:
 
 
 def _streamed(
-    runner: Runner, feeds: Sequence[Feed], names: Sequence[str], states: Mapping[str, str]
+    runner: Runner, feeds: Sequence[Feed], states: Mapping[str, str]
 ) -> list[list[Array]]:
     """Runs a model again and again, each time with the states that it handed out."""
     own = [o.name for o in runner.outputs]
@@ -270,7 +269,6 @@ def _streamed(
     for feed in feeds:
         now = dict(feed)
         for _ in range(STREAMED_STEPS):
-            outputs = runner.run(now)
-            results.append([outputs[own.index(name)] for name in names])
-            now.update({given: outputs[own.index(taken)] for given, taken in states.items()})
+            results.append(runner.run(now))
+            now.update({given: results[-1][own.index(taken)] for given, taken in states.items()})
     return results

@@ -6,14 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from rnnprune_cli.compensate import (
-    Reading,
-    readings,
-    reads,
-    repair,
-    variances,
-    watch,
-)
+from rnnprune_cli.compensate import Reading, readings, reads, repair, variances, watch
 from rnnprune_cli.coupling import Coupling, Labels
 from rnnprune_cli.coupling.features import unread
 from rnnprune_cli.errors import RnnpruneError
@@ -33,16 +26,15 @@ from rnnprune_cli.rewrite.units import Folds, mask, shrink
 from rnnprune_cli.shrink.task import (
     Shrunk,
     Task,
+    compared,
     coupled,
     method_of,
     nothing_removed,
     prepared,
     size_of,
-    tolerance,
     verified,
 )
 from rnnprune_cli.units import choose
-from rnnprune_cli.verify import verify_runs
 
 UNREAD = "without the input features that no weight reads, it computes the same"
 SHRUNK = "the shrunk model computes what the masked model computes"
@@ -142,10 +134,7 @@ def _without_unread(
     shrink(coupling, gone, {}, resize_state=False)
     result = task.opened(graph, "read", resized)
     result.skipped = model.skipped
-    names = [o.name for o in task.model.open(task.threads).outputs]
-    runners = model.open(task.threads), result.open(task.threads)
-    relative = tolerance(task.model)
-    claim = verify_runs(UNREAD, *runners, task.feeds, names, task.made_up, relative)
+    claim = compared(task, UNREAD, model.open(task.threads), result.open(task.threads))
     return result, [f"{count} input features that no weight reads are left out, too"], [claim]
 
 
