@@ -60,6 +60,11 @@ class Moments:
         """Number of samples."""
         return int(self._counts.sum())
 
+    @property
+    def tested(self) -> bool:
+        """Tells whether samples were held out."""
+        return bool(self._counts[1])
+
     def add(self, samples: Array) -> None:
         """Adds samples ``[rows, samples, n]``, in their order in time."""
         self._calls += 1
@@ -466,7 +471,8 @@ def repair(
             report.append(Repair(reading.name, 0, None, problem))
             continue
         folds[reading.number] = fold
-        report.append(Repair(reading.name, reading.moments.count, unexplained, problem))
+        left = unexplained if reading.moments.tested else None
+        report.append(Repair(reading.name, reading.moments.count, left, problem))
     for node, index in coupling.masked:
         labels = coupling.of(node.inputs[index])
         if labels is not None and removed[coupling.classes.of(labels.array)].any():

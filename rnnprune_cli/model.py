@@ -561,7 +561,8 @@ class Repair:
     Attributes:
         reader: The node, and which of its weights.
         samples: Steps or rows of data that it was worked out on; 0 if it is not repaired.
-        unexplained: Share of the removed units' variance that the kept ones cannot predict.
+        unexplained: Share of the removed units' variance that the kept ones cannot predict, on
+            held-out samples; None if there were too few to hold some out.
         problem: Why it is not repaired, or not in all parts.
     """
 
