@@ -996,6 +996,13 @@ def _advice(run: _Run, gzip_estimated: bool) -> Iterator[str]:
         yield "the data has no labels, so no metric was measured: add an array 'labels'"
     if stage is not None and stage.sparsity > 0 and run.options.export.export == "dense":
         yield "zeros are stored like any weight: --export packed makes the file smaller"
+    if stage is not None and stage.granularity in STRUCTURES and run.data is not None:
+        learns = stage.compensate or find_method(stage.method).needs_data
+        if stage.sparsity > 0 and learns and run.inputs.calibration is run.data:
+            yield (
+                "outputs and metric are measured on the data that the choice or the repair was"
+                " worked out on, which flatters them: give other data with --calibration"
+            )
     if run.source.format != run.base.format:
         yield (
             "latency before is TensorFlow's, after onnxruntime's: to see what pruning alone brings,"

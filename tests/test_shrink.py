@@ -230,6 +230,21 @@ def test_calibration_is_used_for_the_repair_and_data_for_the_metric(shrink, tmp_
     assert [r.samples for r in report.repairs] == [200, 180]
 
 
+def test_measuring_on_what_was_learnt_from_is_said(shrink, tmp_path):
+    data = save_data(tmp_path, 20)
+    other = tmp_path / "other.npz"
+    np.savez(other, x=np.load(data)["x"] + 1)
+    for calibration, compensate, said in (
+        (None, True, True),
+        (other, True, False),
+        (None, False, False),
+    ):
+        report = shrink(
+            model_of(), data=data, calibration=calibration, compensate=compensate, force=True
+        )
+        assert any("flatters" in warning for warning in report.warnings) == said
+
+
 def test_same_input_and_seed_give_the_same_bytes(shrink, tmp_path):
     data = save_data(tmp_path)
     for method in UNIT_METHODS:
