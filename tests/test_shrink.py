@@ -234,13 +234,13 @@ def test_measuring_on_what_was_learnt_from_is_said(shrink, tmp_path):
     data = save_data(tmp_path, 20)
     other = tmp_path / "other.npz"
     np.savez(other, x=np.load(data)["x"] + 1)
-    for calibration, compensate, said in (
+    for calibration, repaired, said in (
         (None, True, True),
         (other, True, False),
         (None, False, False),
     ):
         report = shrink(
-            model_of(), data=data, calibration=calibration, compensate=compensate, force=True
+            model_of(), data=data, calibration=calibration, compensate=repaired, force=True
         )
         assert any("flatters" in warning for warning in report.warnings) == said
 

@@ -213,8 +213,8 @@ def _warnings(
     few = [row.samples for row in repairs if row.samples]
     if few and min(few) < 2 * max(kept):
         found.append(
-            f"the repair was worked out on {min(few)} samples for up to {max(kept)} units: give more"
-            " data, ten times as many steps as units"
+            f"the repair was worked out on {min(few)} samples for up to {max(kept)} units: give"
+            " more data, ten times as many steps as units"
         )
     inputs = {id(cut.value) for cut in coupling.cuts if cut.graph is None}
     overridable = [
