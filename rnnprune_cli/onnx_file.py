@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,8 @@ def read_proto(path: Path) -> onnx.ModelProto:
         raise RnnpruneError(f"{path} is not an ONNX model: it holds no graph", _DAMAGED)
     for tensor in tensors(proto):
         _check_tensor(tensor, path)
-    _check_densified_size(proto, path)
-    for graph in (*graphs(proto), *proto.functions):
+    _check_sparse(proto, path)
+    for graph in graphs(proto):
         _densify(graph, path)
     _check_structure(proto, path)
     return proto
@@ -111,7 +111,11 @@ def _nodes(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
 
 def graphs(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
     """Yields every graph of a model: main graph, branches and bodies, in functions too."""
-    pending: list[Any] = [proto.graph, *proto.functions]
+    return _graphs([proto.graph, *proto.functions])
+
+
+def _graphs(top: Sequence[Any]) -> Iterator[onnx.GraphProto]:
+    pending = list(top)
     while pending:
         holder = pending.pop()
         if isinstance(holder, onnx.GraphProto):
@@ -257,14 +261,25 @@ def _check_order(
         known.update(node.output)
 
 
-def _check_densified_size(proto: onnx.ModelProto, path: Path) -> None:
-    """Refuses sparse tensors that together would take too much memory when made dense."""
-    sparse = [s for graph in graphs(proto) for s in graph.sparse_initializer]
-    for holder in (*graphs(proto), *proto.functions):
+def _sparse_tensors(holders: Iterable[Any]) -> Iterator[onnx.SparseTensorProto]:
+    """Yields the sparse tensors that graphs and functions hold themselves."""
+    for holder in holders:
+        if isinstance(holder, onnx.GraphProto):
+            yield from holder.sparse_initializer
         for node in holder.node:
-            sparse += [a.sparse_tensor for a in node.attribute if a.HasField("sparse_tensor")]
+            yield from (a.sparse_tensor for a in node.attribute if a.HasField("sparse_tensor"))
+
+
+def _check_sparse(proto: onnx.ModelProto, path: Path) -> None:
+    """Refuses sparse tensors that would take too much memory, or that crash onnxruntime."""
+    if any(_sparse_tensors([*proto.functions, *_graphs(proto.functions)])):
+        raise RnnpruneError(
+            f"{path}: a model function holds a sparse constant, which makes onnxruntime read freed"
+            " memory and crash when it inlines the function",
+            "inline the functions first: onnx.inliner.inline_local_functions",
+        )
     total = 0
-    for tensor in sparse:
+    for tensor in _sparse_tensors(_graphs([proto.graph])):
         if any(d < 0 for d in tensor.dims):
             raise RnnpruneError(f"{path}: a sparse tensor has a negative dimension", _DAMAGED)
         total += 8 * int(np.prod([int(d) for d in tensor.dims], dtype=object))
@@ -276,11 +291,10 @@ def _check_densified_size(proto: onnx.ModelProto, path: Path) -> None:
         )
 
 
-def _densify(graph: onnx.GraphProto | onnx.FunctionProto, path: Path) -> None:
-    if isinstance(graph, onnx.GraphProto):
-        for sparse in graph.sparse_initializer:
-            graph.initializer.append(_dense(sparse, sparse.values.name, path))
-        del graph.sparse_initializer[:]
+def _densify(graph: onnx.GraphProto, path: Path) -> None:
+    for sparse in graph.sparse_initializer:
+        graph.initializer.append(_dense(sparse, sparse.values.name, path))
+    del graph.sparse_initializer[:]
     for node in graph.node:
         for attr in node.attribute:
             if node.op_type == "Constant" and attr.name == "sparse_value":

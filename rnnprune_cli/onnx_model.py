@@ -254,12 +254,15 @@ class OnnxModel(LoadedModel):
             for site, weight in self._sites(walker)
             if site.value.is_graph_input() and self._ir_version >= MIN_IR_INITIALIZERS
         }
+        called = {w.name for site, w in self._sites(walker) if self._in_function(walker, site)}
         masked: dict[str, StoredWeight] = {}
         stored: dict[str, StoredWeight] = {}
         warnings: list[str] = []
         for weight_name, mask in masks.items():
             weight = self._weights[weight_name]
-            form, why_not = self._choose(weight, mask, options, weight_name in overridable)
+            form, why_not = self._choose(
+                weight, mask, options, weight_name in overridable, weight_name in called
+            )
             forms[weight_name] = form
             warnings.extend([why_not] if why_not else [])
             if options.values != "float32" and form != "packed":
@@ -286,8 +289,19 @@ class OnnxModel(LoadedModel):
         for located, layer in self._executed(walker):
             yield from zip(located.sites, layer.weights, strict=True)
 
+    def _in_function(self, walker: Walker, site: Site) -> bool:
+        """Tells whether a weight lies in a model function, or may be put there for its reader."""
+        return any(
+            walker.is_function(walker.root(graph)) for graph in (site.value.graph, site.node.graph)
+        )
+
     def _choose(
-        self, weight: Weight, mask: Array, options: ExportOptions, overridable: bool
+        self,
+        weight: Weight,
+        mask: Array,
+        options: ExportOptions,
+        overridable: bool,
+        in_function: bool,
     ) -> tuple[str, str | None]:
         """Returns the form in which a weight is stored, and why it is not the asked one."""
         if overridable:
@@ -322,6 +336,8 @@ class OnnxModel(LoadedModel):
             reasons["sparse"] = f"in IR version {self._ir_version} every weight is an input"
         elif opset < sparse.MIN_OPSET:
             reasons["sparse"] = f"opset {opset} has no sparse tensors (needs {sparse.MIN_OPSET})"
+        elif in_function:
+            reasons["sparse"] = "onnxruntime may crash on sparse constants in model functions"
         elif options.values == "float32":
             sizes["sparse"] = sparse.nbytes(nonzero, weight.dtype.itemsize)
         if options.export == "dense":

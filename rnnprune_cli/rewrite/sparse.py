@@ -3,6 +3,9 @@
 The sparse tensor sits in a Constant (``sparse_value``). As a ``sparse_initializer`` it would take
 the same bytes, but ``onnx.checker`` with full check then refuses every operator that reads it,
 because its type is not a dense tensor. onnx-ir has neither, so this works on the serialized proto.
+
+Never inside model functions: inlining one with a sparse constant, onnxruntime 1.31 reads memory
+that it has freed (seen with valgrind), and now and then crashes.
 """
 
 from __future__ import annotations
@@ -33,22 +36,21 @@ def make_sparse(proto: onnx.ModelProto, names: set[str]) -> None:
         proto: The model, changed in place.
         names: Names of the initializers and Constant outputs.
     """
-    for graph in (*graphs(proto), *proto.functions):
-        if isinstance(graph, onnx.GraphProto):
-            for tensor in [t for t in graph.initializer if t.name in names]:
-                array = onnx.numpy_helper.to_array(tensor)
-                if _pays(array):
-                    graph.initializer.remove(tensor)
-                    graph.node.insert(
-                        0,
-                        onnx.helper.make_node(
-                            "Constant",
-                            [],
-                            [tensor.name],
-                            name=f"{tensor.name}/sparse",
-                            sparse_value=_sparse(array),
-                        ),
-                    )
+    for graph in graphs(proto):
+        for tensor in [t for t in graph.initializer if t.name in names]:
+            array = onnx.numpy_helper.to_array(tensor)
+            if _pays(array):
+                graph.initializer.remove(tensor)
+                graph.node.insert(
+                    0,
+                    onnx.helper.make_node(
+                        "Constant",
+                        [],
+                        [tensor.name],
+                        name=f"{tensor.name}/sparse",
+                        sparse_value=_sparse(array),
+                    ),
+                )
         for node in graph.node:
             if node.op_type == "Constant" and node.output[0] in names:
                 for attr in node.attribute:
