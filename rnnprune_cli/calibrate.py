@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes import common
 
+from rnnprune_cli import shapes
 from rnnprune_cli.data import Dataset
 from rnnprune_cli.errors import RnnpruneError
+from rnnprune_cli.find import locate
 from rnnprune_cli.graph import Walker, subgraphs
 from rnnprune_cli.model import Array, Runner
+from rnnprune_cli.onnx_model import OnnxModel
+from rnnprune_cli.rewrite.branches import settle
 from rnnprune_cli.rewrite.edit import Editor
+from rnnprune_cli.runtime import first_line
 
 MAX_SAMPLES = 64
 MAX_BYTES = 64 << 20
@@ -54,6 +61,34 @@ class Batch:
         if len(axes) > 1:
             return None
         return array.take(range(steps), axes[0]) if axes else array
+
+
+def prepared(model: OnnxModel) -> ir.Model:
+    """Reads a model again, as units and layers are removed from it.
+
+    Functions are inlined, Ifs that always go the same way become that branch, and recurrent
+    operators get the names that the model's layers have.
+    """
+    graph = model.fresh()
+    names = [located.name for located in locate(Walker(graph))]
+    if graph.functions:
+        try:
+            common.InlinePass()(graph)
+        except Exception as error:  # onnx-ir raises many unrelated types
+            raise RnnpruneError(
+                f"{model.path}: its functions cannot be inlined: {first_line(error)}",
+                "inline them when exporting (onnx.inliner.inline_local_functions)",
+            ) from error
+    for name, located in zip(names, locate(Walker(graph)), strict=True):
+        located.instance.node.name = name
+    shapes.complete(graph)
+    settle(graph, size_of(model))
+    return graph
+
+
+def size_of(model: OnnxModel) -> int:
+    """Returns the size of all files of a model, in bytes."""
+    return sum(file.stat().st_size for file in model.files)
 
 
 def expose(model: ir.Model, values: Sequence[ir.Value]) -> dict[int, str]:
@@ -177,3 +212,16 @@ def run_batches(
             each = sum(result.nbytes for result in results) / len(some)
             at_once = int(np.clip(MAX_BYTES / max(each, 1), 1, most))
             yield batch(results, len(some), (longest, int(length)) if insists else None)
+
+
+def told(batches: Iterator[Batch], count: int, progress: Callable[[str], None]) -> Iterator[Batch]:
+    """Tells how far the run through the data is, and how long it will take."""
+    begin, done, last = time.perf_counter(), 0, 0.0
+    progress(f"running {count} samples to see what is read")
+    for batch in batches:
+        yield batch
+        done += batch.samples
+        elapsed = time.perf_counter() - begin
+        if elapsed > last + 1:
+            last, left = elapsed, elapsed / done * (count - done)
+            progress(f"sample {done} of {count}, about {left:.0f} s left")

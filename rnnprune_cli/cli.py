@@ -76,11 +76,14 @@ def _root(
 def prune(
     model: Model,
     sparsity: Annotated[
-        float,
+        float | None,
         typer.Option(
-            "--sparsity", "-s", help="Share of the weights, units or layers to remove, 0 ≤ s < 1."
+            "--sparsity",
+            "-s",
+            help="Share of the weights, units or layers to remove, 0 ≤ s < 1.",
+            show_default=False,
         ),
-    ],
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -96,13 +99,16 @@ def prune(
         str, typer.Option(help="What makes a weight worth keeping; see 'rnnprune methods'.")
     ] = "magnitude",
     granularity: Annotated[
-        str, typer.Option(help="What is removed together: weight, unit or layer.")
+        str,
+        typer.Option(
+            help="What is removed together: weight, block:RxC, bank:N, nm:N:M, unit or layer."
+        ),
     ] = "weight",
     scope: Annotated[
         str | None,
         typer.Option(
-            help="Within what the scores compete: row, layer or global [default: row for weights,"
-            " layer for units].",
+            help="Within what the scores compete: cell, row, layer or global [default: cell for"
+            " weights, row for banks, layer for units].",
             show_default=False,
         ),
     ] = None,
@@ -133,7 +139,7 @@ def prune(
         bool,
         typer.Option(
             "--compensate/--no-compensate",
-            help="Repair by least squares what units leave behind; needs data.",
+            help="Repair by least squares what units or weights leave behind; needs data.",
         ),
     ] = True,
     resize_state: Annotated[
@@ -181,7 +187,8 @@ def prune(
     def work() -> tuple[dict[str, Any], RenderableType | None]:
         from rnnprune_cli import pipeline
         from rnnprune_cli.console import progress
-        from rnnprune_cli.model import ExportOptions, Stage
+        from rnnprune_cli.model import ExportOptions
+        from rnnprune_cli.options import PruneOptions, complete_stage
         from rnnprune_cli.report.json import render, report_document
         from rnnprune_cli.save import check_writable, write_text
 
@@ -189,20 +196,21 @@ def prune(
             if path.suffix != ".json":
                 raise UsageError(f"a report cannot be written as '{path}'", "it must end in .json")
             check_writable(path, force)
-        options = pipeline.PruneOptions(
+        stage = complete_stage(
+            method,
+            granularity,
+            scope,
+            sparsity,
+            layers=tuple(layers or ()),
+            exclude=tuple(exclude or ()),
+            compensate=compensate,
+            resize_state=resize_state,
+            allow_inexact=allow_inexact,
+        )
+        options = PruneOptions(
             model=model,
             output=output,
-            stage=Stage(
-                method,
-                granularity,
-                scope or pipeline.DEFAULT_SCOPES.get(granularity, ""),
-                sparsity,
-                tuple(layers or ()),
-                tuple(exclude or ()),
-                compensate,
-                resize_state,
-                allow_inexact,
-            ),
+            stages=(stage,),
             seed=seed,
             data=data,
             calibration=calibration,
@@ -264,12 +272,13 @@ def lift(
         from rnnprune_cli import pipeline
         from rnnprune_cli.console import progress
         from rnnprune_cli.model import ExportOptions
+        from rnnprune_cli.options import PruneOptions
         from rnnprune_cli.report.json import report_document
 
-        options = pipeline.PruneOptions(
+        options = PruneOptions(
             model=model,
             output=output,
-            stage=None,
+            stages=(),
             seed=seed,
             data=data,
             export=ExportOptions("dense"),
@@ -322,16 +331,18 @@ def methods(output_format: OutputFormat = Format.table) -> None:
 
     def work() -> tuple[dict[str, Any], RenderableType | None]:
         from rnnprune_cli import methods as registry
-        from rnnprune_cli.pipeline import EXPORTS, GRANULARITIES, SCOPES_OF
+        from rnnprune_cli.options import EXPORTS, GRANULARITIES, scopes_of
         from rnnprune_cli.report.json import methods_document
 
         known = registry.methods().values()
-        document = methods_document(known, GRANULARITIES, SCOPES_OF, EXPORTS)
+        examples = {"weight": "weight", "bank:N": "bank:2", "unit": "unit", "layer": "layer"}
+        scopes = {name: scopes_of(example) for name, example in examples.items()}
+        document = methods_document(known, GRANULARITIES, scopes, EXPORTS)
         if output_format is Format.json:
             return document, None
         from rnnprune_cli.report.table import methods_table
 
-        return document, methods_table(known, GRANULARITIES, SCOPES_OF, EXPORTS)
+        return document, methods_table(known, GRANULARITIES, scopes, EXPORTS)
 
     _finish(work, {}, output_format)
 

@@ -14,7 +14,7 @@ are repaired on these.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -27,6 +27,7 @@ from rnnprune_cli.coupling.products import einsum_terms
 from rnnprune_cli.graph import input_of
 from rnnprune_cli.model import GATES, Array, BoolArray, Read, Repair
 from rnnprune_cli.rewrite.units import Fold
+from rnnprune_cli.states import fed, gates_first, reset_gate, steps_of
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Added to the diagonal, times the mean variance of the kept units: the one with the smallest error
@@ -78,6 +79,21 @@ class Moments:
             self._counts[k] += part.shape[1]
             self._first[k] += part.sum(axis=1)
             self._second[k] += part.transpose(0, 2, 1) @ part
+
+    def sums(self, held: bool) -> tuple[Array, float]:
+        """Returns the sums of ``v vᵀ``, ``[rows, n, n]``, and how many they are of.
+
+        Args:
+            held: Over the samples that are held out, rather than over the others.
+        """
+        return self._second[int(held)], float(self._counts[int(held)])
+
+    def of_row(self, row: int) -> Moments:
+        """Returns the moments of one row of units."""
+        one = Moments(1, self._first.shape[2])
+        one._counts = self._counts
+        one._first, one._second = self._first[:, row : row + 1], self._second[:, row : row + 1]
+        return one
 
     def covariance(self) -> Array:
         """Returns the covariance over all samples, ``[rows, n, n]``."""
@@ -217,12 +233,9 @@ def readings(coupling: Coupling) -> list[Reading]:
         elif node.op_type == "ConvTranspose":
             reading.problem = "what a constant adds to its output differs by place"
         if reading.is_recurrent:
-            if _gates_first(node):
+            if gates_first(node):
                 reading.weights = tuple(coupling.constant(input_of(node, k)) for k in (1, 2, 3))
-            for index in (0, 5):
-                value = input_of(node, index)
-                if value is not None:
-                    reading.extra.append(value)
+            reading.extra.extend(fed(node))
         found.append(reading)
     return found
 
@@ -285,7 +298,7 @@ def watch(found: list[Reading], names: Mapping[int, str], batches: Iterator[Batc
                 reading.problem = "it is in a loop"
             else:
                 reading.moments = Moments(*_features(reading.cut.labels))
-                if reading.is_recurrent and _gates_first(reading.cut.node):
+                if reading.is_recurrent and gates_first(reading.cut.node):
                     reading.gated = Moments(*_features(reading.cut.labels))
     shared: dict[tuple[int, tuple[int, int]], Moments] = {}
     for batch in batches:
@@ -297,7 +310,7 @@ def watch(found: list[Reading], names: Mapping[int, str], batches: Iterator[Batc
             if array.size == 0:
                 continue  # the other branch was taken
             if reading.is_recurrent:
-                _watch_states(reading, batch, array, names)
+                _watch_states(reading, batch, names)
                 continue
             key = (id(reading.source), _features(reading.cut.labels))
             reading.moments = shared.setdefault(key, reading.moments)
@@ -314,77 +327,20 @@ def watch(found: list[Reading], names: Mapping[int, str], batches: Iterator[Batc
             reading.problem = "the data never reach it"
 
 
-def _watch_states(reading: Reading, batch: Batch, y: Array, names: Mapping[int, str]) -> None:
+def _watch_states(reading: Reading, batch: Batch, names: Mapping[int, str]) -> None:
     """Adds the hidden states that a layer's R reads: all of them, and the first."""
     node = reading.cut.node
+    found = steps_of(node, batch, names)
+    assert reading.moments is not None and found is not None  # its Y is not empty
     directions, n = _features(reading.cut.labels)
-    first = node.attributes.get_int("layout", 0) == 1
-    if first:
-        y = y.transpose(1, 2, 0, 3)
-    y = batch.steps(y)
-    initial = input_of(node, 5)
-    start = None if initial is None else batch.values.get(names.get(id(initial), ""))
-    if start is None or start.size == 0:
-        start = np.zeros((directions, y.shape[2], n), y.dtype)
-    elif first:
-        start = start.transpose(1, 0, 2)
-    assert reading.moments is not None
-    states = y.transpose(1, 0, 2, 3).reshape(directions, -1, n)
-    reading.moments.add(np.concatenate([start, states], axis=1))
-    if reading.gated is None:
+    states = found.y.transpose(1, 0, 2, 3).reshape(directions, -1, n)
+    reading.moments.add(np.concatenate([found.start, states], axis=1))
+    if reading.gated is None or found.x is None:
         return
-    value = input_of(node, 0)
-    x = None if value is None else batch.values.get(names.get(id(value), ""))
-    if x is None:
-        return
-    x = batch.steps(x.transpose(1, 0, 2) if first else x)
-    before = _before(node, y, start)
-    gate = _reset_gate(node, x, before, reading)
+    before = found.before(node)
+    gate = reset_gate(node, found.x, before, reading.weights)
     if gate is not None:
         reading.gated.add((gate * before).reshape(directions, -1, n))
-
-
-def _before(node: ir.Node, y: Array, start: Array) -> Array:
-    """Returns the states before each step, ``[directions, steps, batch, units]``."""
-    directions = y.shape[1]
-    backward = node.attributes.get_string("direction", "forward") == "reverse"
-    parts = []
-    for d in range(directions):
-        own, begin = y[:, d], start[d][None]
-        turned = backward or d == 1
-        parts.append(np.concatenate([own[1:], begin] if turned else [begin, own[:-1]]))
-    return np.stack(parts)
-
-
-def _gates_first(node: ir.Node) -> bool:
-    return node.op_type == "GRU" and not node.attributes.get_int("linear_before_reset", 0)
-
-
-_FUNCTIONS: dict[str, Callable[[Array], Array]] = {
-    "Sigmoid": lambda a: 1 / (1 + np.exp(-a)),
-    "HardSigmoid": lambda a: np.clip(0.2 * a + 0.5, 0, 1),
-    "Tanh": np.tanh,
-    "Relu": lambda a: np.maximum(a, 0),
-}
-
-
-def _reset_gate(node: ir.Node, x: Array, before: Array, reading: Reading) -> Array | None:
-    """Returns a GRU's reset gate ``[directions, steps, batch, units]`` (ONNX GRU: r_t)."""
-    w, r, b = reading.weights
-    assert w is not None and r is not None
-    n = r.shape[2]
-    gates = slice(n, 2 * n)
-    names = list(node.attributes.get_strings("activations", ()) or ())
-    parts = []
-    for d in range(len(r)):
-        function = _FUNCTIONS.get(names[2 * d] if names else "Sigmoid")
-        if function is None or (names and node.attributes.get("activation_alpha") is not None):
-            return None
-        total = x.astype(np.float64) @ w[d, gates].T + before[d] @ r[d, gates].T
-        if b is not None:
-            total += b[d, gates] + b[d, 4 * n : 5 * n]
-        parts.append(function(total))
-    return np.stack(parts)
 
 
 def variances(coupling: Coupling, found: Sequence[Reading]) -> Array:

@@ -7,7 +7,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import onnx_ir as ir
@@ -273,14 +273,15 @@ class _Pool:
     def add(self, name: str, site: Site, source: _Source) -> Weight:
         place = (id(site.value), site.index, tuple(id(c) for c in site.calls))
         if place not in self._by_value:
-            self._by_value[place] = self._unify(name, site.index, source)
+            gates = GATES[cast(Op, site.node.op_type)]
+            self._by_value[place] = self._unify(name, site.index, gates, source)
         return self._by_value[place]
 
-    def _unify(self, name: str, role: int, source: _Source) -> Weight:
+    def _unify(self, name: str, role: int, gates: int, source: _Source) -> Weight:
         d, rows, columns = source.shape
-        weight = Weight(name, (d, rows, columns), source.dtype, source.read)
+        weight = Weight(name, (d, rows, columns), source.dtype, source.read, gates)
         # W and R are never copies of each other, even where their values are equal.
-        same_kind = self._by_kind[role, weight.shape, weight.dtype]
+        same_kind = self._by_kind[role, gates, weight.shape, weight.dtype]
         for other in same_kind:
             if self._digest(other) == self._digest(weight):
                 return other

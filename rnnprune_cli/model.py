@@ -19,8 +19,6 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 BoolArray = NDArray[np.bool_]
-Masks = Mapping[str, BoolArray]
-"""Weight name → True where the weight is kept; shape as :attr:`Weight.shape`."""
 
 Op = Literal["LSTM", "GRU", "RNN"]
 GATES: dict[Op, int] = {"LSTM": 4, "GRU": 3, "RNN": 1}
@@ -57,12 +55,14 @@ class Weight:
         shape: ``(directions, gates * hidden_size, columns)``.
         dtype: Floating-point type in which it is stored.
         read: Returns the values, read-only; may be a view of a memory map.
+        gates: Into how many blocks of ``hidden_size`` rows it falls.
     """
 
     name: str
     shape: tuple[int, int, int]
     dtype: np.dtype[Any]
     read: Callable[[], Array]
+    gates: int = 1
 
     @property
     def size(self) -> int:
@@ -224,27 +224,36 @@ class StoredWeight:
     Attributes:
         weight: The original.
         mask: True where it is kept.
+        refitted: Shape and type of the weight: what the kept ones became; None if they stay.
         rounding: Applied to the masked values where ``--values`` asked for less precision; maps
             ``[…, rows, columns]`` to the same shape, row by row.
     """
 
     weight: Weight
     mask: BoolArray
+    refitted: Array | None = None
     rounding: Callable[[Array], Array] | None = None
 
     def __call__(self) -> Array:
         """Returns all values, in the shape of the weight."""
-        return self._values(self.weight.read(), self.mask)
+        return self._values(self._unmasked(), self.mask)
 
     def rows(self, start: int, stop: int) -> Array:
         """Returns some rows, counted over both directions, as ``[rows, columns]``."""
         columns = self.weight.shape[2]
-        values = self.weight.read().reshape(-1, columns)[start:stop]
+        values = self._unmasked().reshape(-1, columns)[start:stop]
         return self._values(values, self.mask.reshape(-1, columns)[start:stop])
+
+    def _unmasked(self) -> Array:
+        return self.weight.read() if self.refitted is None else self.refitted
 
     def _values(self, values: Array, mask: BoolArray) -> Array:
         masked = np.where(mask, values, values.dtype.type(0))  # a product would leave -0.0
         return masked if self.rounding is None else self.rounding(masked)
+
+
+Pruned = Mapping[str, StoredWeight]
+"""Weight name → what becomes of it."""
 
 
 @dataclass(frozen=True)
@@ -309,12 +318,12 @@ class LoadedModel(ABC):
 
     @abstractmethod
     def save(
-        self, masks: Masks, directory: Path, name: str, options: ExportOptions, note: str
+        self, pruned: Pruned, directory: Path, name: str, options: ExportOptions, note: str
     ) -> Saved:
         """Writes the pruned model into a directory.
 
         Args:
-            masks: What is kept of each weight; weights that are not named stay as they are.
+            pruned: What becomes of weights; those that are not named stay as they are.
             directory: Existing empty directory.
             name: File or directory name of the model in there.
             options: How pruned weights are stored.
@@ -509,6 +518,42 @@ class ResizedState:
 
 
 @dataclass(frozen=True, eq=False)
+class Gradients:
+    """What a loss says about a weight, over batches of data.
+
+    Attributes:
+        mean: Shaped like the weight: the mean gradient.
+        square: Shaped like the weight: the mean of its square.
+    """
+
+    mean: Array
+    square: Array
+
+
+@dataclass(frozen=True, eq=False)
+class WeightFigures:
+    """What is known about a weight.
+
+    Attributes:
+        weight: The weight.
+        values: ``[directions, rows, columns]``: what it is now; removed elements do not matter.
+        generator: For random scores; of its own for each weight.
+        reads: ``[directions, rows, columns]``: mean square of what each element multiplies on data;
+            None without data.
+        inverse: Same shape: diagonals of the inverse Hessians of what is left of each row; None
+            without data, and where they would take too long.
+        gradients: None for methods that do not ask for them.
+    """
+
+    weight: Weight
+    values: Array
+    generator: np.random.Generator
+    reads: Array | None = None
+    inverse: Array | None = None
+    gradients: Gradients | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Read:
     """What one reader reads, and how: its output is ``weights · v``.
 
@@ -556,13 +601,14 @@ class LayerFigures:
 
 @dataclass(frozen=True)
 class Repair:
-    """How well what one reader read of removed units is made up for by the others.
+    """How well what one reader read of removed units or weights is made up for by the others.
 
     Attributes:
         reader: The node, and which of its weights.
         samples: Steps or rows of data that it was worked out on; 0 if it is not repaired.
-        unexplained: Share of the removed units' variance that the kept ones cannot predict, on
-            held-out samples; None if there were too few to hold some out.
+        unexplained: On held-out samples, the share of the removed units' variance that the kept
+            ones cannot predict, or by how much of their mean square the outputs of a layer's rows
+            change; None if there were too few samples to hold some out.
         problem: Why it is not repaired, or not in all parts.
     """
 

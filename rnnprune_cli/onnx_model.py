@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import hashlib
 import tempfile
@@ -24,8 +25,8 @@ from rnnprune_cli.model import (
     ExportOptions,
     Lift,
     LoadedModel,
-    Masks,
     ParameterCount,
+    Pruned,
     RecurrentLayer,
     Runner,
     Saved,
@@ -133,6 +134,11 @@ class OnnxModel(LoadedModel):
             self.warnings += (f"{said}; {hint}" if hint else said,)
 
     @property
+    def by_name(self) -> Mapping[str, RecurrentLayer]:
+        """Name of an executed recurrent node → its layer; a layer may run in several nodes."""
+        return self._found.by_name
+
+    @property
     def _weights(self) -> dict[str, Weight]:
         return {w.name: w for layer in self.layers for w in layer.weights}
 
@@ -235,7 +241,7 @@ class OnnxModel(LoadedModel):
     # Writing
 
     def save(
-        self, masks: Masks, directory: Path, name: str, options: ExportOptions, note: str
+        self, pruned: Pruned, directory: Path, name: str, options: ExportOptions, note: str
     ) -> Saved:
         """Writes the pruned model; see :meth:`LoadedModel.save`.
 
@@ -255,29 +261,28 @@ class OnnxModel(LoadedModel):
             if site.value.is_graph_input() and self._ir_version >= MIN_IR_INITIALIZERS
         }
         called = {w.name for site, w in self._sites(walker) if self._in_function(walker, site)}
-        masked: dict[str, StoredWeight] = {}
         stored: dict[str, StoredWeight] = {}
         warnings: list[str] = []
-        for weight_name, mask in masks.items():
-            weight = self._weights[weight_name]
+        for weight_name, kept in pruned.items():
+            weight = kept.weight
             form, why_not = self._choose(
-                weight, mask, options, weight_name in overridable, weight_name in called
+                weight, kept.mask, options, weight_name in overridable, weight_name in called
             )
             forms[weight_name] = form
             warnings.extend([why_not] if why_not else [])
             if options.values != "float32" and form != "packed":
                 warnings.append(f"'{weight_name}' is stored {form}, its values are not rounded")
-            masked[weight_name] = stored[weight_name] = StoredWeight(weight, mask)
+            stored[weight_name] = kept
             if form == "packed" and options.values != "float32":
                 rounding = packed.rounding(options.values)
-                stored[weight_name] = StoredWeight(weight, mask, rounding)
+                stored[weight_name] = dataclasses.replace(kept, rounding=rounding)
         sparse_names: set[str] = set()
         for site, weight in self._sites(walker):
             if weight.name in stored:
                 form = forms[weight.name]
-                kept = placer.place(site, weight, masked[weight.name], form)
+                placed = placer.place(site, weight, pruned[weight.name], form)
                 if form == "sparse":
-                    sparse_names.add(kept)
+                    sparse_names.add(placed)
         placer.clean()
         model.metadata_props[PROVENANCE] = note
         path = directory / name

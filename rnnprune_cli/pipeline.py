@@ -9,36 +9,25 @@ import functools
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from rnnprune_cli import __version__, measure
-from rnnprune_cli.data import (
-    Dataset,
-    has_nan,
-    load_dataset,
-    made_up_feeds,
-    padded_on_the_right,
-    varied_feeds,
-)
-from rnnprune_cli.errors import RnnpruneError, UsageError, closest
-from rnnprune_cli.load import TENSORFLOW_SUFFIXES, load
+from rnnprune_cli.apply import VERIFIED_SAMPLES, Applied, Applier, Inputs, Progress
+from rnnprune_cli.data import Dataset, load_dataset, padded_on_the_right, varied_feeds
+from rnnprune_cli.errors import RnnpruneError, UsageError
+from rnnprune_cli.load import load
 from rnnprune_cli.methods import method as find_method
-from rnnprune_cli.metrics import BATCH, Comparison, Evaluation, check_metric
+from rnnprune_cli.metrics import BATCH, Comparison, Evaluation
 from rnnprune_cli.model import (
     UNCHANGED,
-    BoolArray,
     Claim,
     ExportOptions,
     Feed,
     LayerRow,
     LoadedModel,
-    Masks,
     Measurement,
     MetricValue,
     ModelInfo,
@@ -53,69 +42,21 @@ from rnnprune_cli.model import (
     Runner,
     Saved,
     Stage,
-    Weight,
 )
-from rnnprune_cli.select import SCOPES, UNIT_SCOPES, families, select
-from rnnprune_cli.verify import (
-    CONVERSION_TOLERANCE,
-    require,
-    run_all,
-    verify_runs,
-    verify_same,
-    verify_weights,
+from rnnprune_cli.options import (
+    STRUCTURES,
+    PruneOptions,
+    check_options,
+    check_output,
+    data_file,
+    output_path,
+    protect,
 )
+from rnnprune_cli.verify import require, run_all, verify_same, verify_weights
+from rnnprune_cli.weights import distinct_weights
 
-if TYPE_CHECKING:
-    from rnnprune_cli.shrink.task import Shrunk
-
-Progress = Callable[[str], None]
-
-EXPORTS = {
-    "auto": "for each weight, the smallest form that is exact",
-    "dense": "zeros stay where the weights were",
-    "sparse": "ONNX sparse tensors (values and positions), where that is smaller",
-    "packed": "nonzero values and a bitmap or gaps, unpacked by standard operators at load",
-    "shrunk": "smaller weights, without removed units or layers (--granularity unit, layer)",
-}
-"""Name → summary of every export form."""
-VALUES = ("float32", "float16", "int8")
-GRANULARITIES = {
-    "weight": "single weights of W and R",
-    "unit": "hidden units, with all that goes with them: the model becomes smaller and faster",
-    "layer": "whole layers: a linear map fitted to data, or their input, stands for them",
-}
-"""Name → what is removed together."""
-DEFAULT_SCOPES = {"weight": "row", "unit": "layer", "layer": "global"}
-SCOPES_OF = {
-    "weight": SCOPES,
-    "unit": UNIT_SCOPES,
-    "layer": {"global": "all selected layers; one always stays"},
-}
-STRUCTURES = ("unit", "layer")
-"""Granularities that are cut out of the model instead of becoming zeros."""
-MAX_THREADS = 256
-
-_VERIFIED_SAMPLES = 4
-
-
-@dataclass(frozen=True)
-class PruneOptions:
-    """Everything that ``prune`` can be told; see the command's help. No stage: only lift."""
-
-    model: Path
-    output: Path | None
-    stage: Stage | None
-    seed: int = 0
-    data: Path | None = None
-    calibration: Path | None = None
-    metric: str = "auto"
-    export: ExportOptions = dataclasses.field(default_factory=ExportOptions)
-    signature: str | None = None
-    threads: int = 1
-    force: bool = False
-    reports: tuple[Path, ...] = ()
-    right_padding: bool = False
-    latency_seconds: float = 0.5
+LOOK = Stage("magnitude", "weight", "row", 0.0)
+"""A stage that does nothing, for a look at a model as ``prune`` sees it."""
 
 
 @contextlib.contextmanager
@@ -129,8 +70,7 @@ def inspected(
     """
     with contextlib.ExitStack() as stack:
         source = load(path, signature)
-        stage = Stage("magnitude", "weight", "row", 0.0)
-        options = PruneOptions(path, None, stage, right_padding=right_padding)
+        options = PruneOptions(path, None, (LOOK,), right_padding=right_padding)
         model, _ = lift_model(source, options, stack)
         if not model.layers and not model.skipped:
             require_layers(model)
@@ -142,6 +82,87 @@ def _removable_units(model: LoadedModel) -> tuple[RemovableUnits, ...]:
     from rnnprune_cli.shrink.units import removable_units
 
     return removable_units(model) if isinstance(model, OnnxModel) and model.layers else ()
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A model that was read, converted and lifted, and what is known about it.
+
+    Attributes:
+        options: The user's.
+        source: What the user named.
+        base: What is pruned: the source, converted and lifted.
+        lifted: What was verified about lifting.
+        limits: What the user should know about the source.
+        count: The parameters of the source.
+        files: Identity of the source's files.
+        inputs: What to calibrate, to verify and to measure on.
+        applier: Applies stages.
+        pool: For work beside the main thread.
+        progress: Called with a short text at the beginning of each step.
+    """
+
+    options: PruneOptions
+    source: LoadedModel
+    base: LoadedModel
+    lifted: tuple[Claim, ...]
+    limits: tuple[str, ...]
+    count: ParameterCount
+    files: Future[_Files]
+    inputs: Inputs
+    applier: Applier
+    pool: ThreadPoolExecutor
+    progress: Progress
+
+
+@contextlib.contextmanager
+def opened(options: PruneOptions, output_format: str, progress: Progress) -> Iterator[Opened]:
+    """Loads a model; converts it, if it is to become ONNX; lifts loops and cells to operators.
+
+    Args:
+        options: The user's, checked.
+        output_format: Of what is to be written.
+        progress: Called with a short text at the beginning of each step.
+
+    Raises:
+        RnnpruneError: If it cannot be read, or nothing in it can be pruned.
+    """
+    progress(f"reading {options.model}")
+    source = load(options.model, options.signature, options.threads)
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(1))
+        described = pool.submit(_describe, source.files)
+        base, limits = source, tuple[str, ...]()
+        if output_format == "onnx" and source.format != "onnx":
+            progress("converting to ONNX")
+            base = _converted(source, stack)
+        elif source.format != "onnx":
+            progress("trying whether it converts to ONNX")
+            limits = _not_convertible(source)
+        progress("looking for loops and cells to lift")
+        base, lifted = lift_model(base, options, stack)
+        if not options.stages:
+            _require_lifts(base)
+        require_layers(base)
+        count = source.count() if source.format == base.format else base.count()
+        inputs = Inputs(options, source, base)
+
+        def as_onnx(model: LoadedModel) -> LoadedModel:
+            return lift_model(_converted(model, stack), options, stack)[0]
+
+        yield Opened(
+            options,
+            source,
+            base,
+            tuple(lifted),
+            limits,
+            count,
+            described,
+            inputs,
+            Applier(inputs, as_onnx, stack, progress),
+            pool,
+            progress,
+        )
 
 
 def prune(options: PruneOptions, arguments: Mapping[str, Any], progress: Progress) -> Report:
@@ -163,73 +184,74 @@ def prune(options: PruneOptions, arguments: Mapping[str, Any], progress: Progres
     Raises:
         RnnpruneError: If anything prevents a verified result; nothing is written then.
     """
-    _check_options(options)
-    stage = options.stage
-    output, output_format = output_path(
-        options.model, options.output, "pruned" if stage else "lifted"
-    )
-    if stage is None and output_format != "onnx":
+    check_options(options)
+    output, output_format = checked_output(options)
+    with opened(options, output_format, progress) as session:
+        protect(session.source, output)
+        applied = session.applier.apply(session.base, options.stages)
+        with written(session, applied, output, Plan(options.stages, options.seed)) as result:
+            report = result.report(arguments)
+            result.move()
+    return report
+
+
+def checked_output(options: PruneOptions) -> tuple[Path, str]:
+    """Returns where the result goes and its format.
+
+    Raises:
+        UsageError: If it cannot go there, or cannot hold what is asked for.
+    """
+    what = "pruned" if options.stages else "lifted"
+    output, output_format = output_path(options.model, options.output, what)
+    if not options.stages and output_format != "onnx":
         raise UsageError(
             "only ONNX models hold recurrent operators", "give an output with -o X.onnx"
         )
-    if stage is not None and stage.granularity in STRUCTURES and output_format != "onnx":
+    if options.cuts and output_format != "onnx":
+        cut = next(s.granularity for s in options.stages if s.granularity in STRUCTURES)
         raise UsageError(
-            f"a {stage.granularity} can only be removed from ONNX models",
+            f"a {cut} can only be removed from ONNX models",
             f"give an output with -o {options.model.resolve().name}.onnx: the model is converted",
         )
-    _check_output(options, output, output_format)
-    progress(f"reading {options.model}")
-    source = load(options.model, options.signature, options.threads)
-    _protect(source, output)
-    with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(1))
-        described = pool.submit(_describe, source.files)
-        base, limits = source, tuple[str, ...]()
-        if output_format == "onnx" and source.format != "onnx":
-            progress("converting to ONNX")
-            base = _converted(source, stack)
-        elif source.format != "onnx":
-            progress("trying whether it converts to ONNX")
-            limits = _not_convertible(source)
-        progress("looking for loops and cells to lift")
-        base, lifted = lift_model(base, options, stack)
-        if stage is None:
-            _require_lifts(base)
-        require_layers(base)
-        count = source.count() if source.format == base.format else base.count()
-        plan = Plan((stage,) if stage else (), options.seed)
-        inputs = _Inputs(options, source, base)
-        model, masks, blocked = base, dict[str, BoolArray](), dict[str, str]()
-        shrunk: Shrunk | None = None
-        if stage is not None and stage.granularity in STRUCTURES:
-            shrunk = _without_structures(base, stage, inputs, stack, progress)
-            model, blocked = shrunk.model, dict(shrunk.blocked)
-        elif stage is not None:
-            masks, blocked = make_masks(model.layers, stage, options.seed, progress)
-        after = model.count() if shrunk or model.lifts else count  # before runtimes hold copies
-        folder = stack.enter_context(_folder_beside(output))
-        progress(f"writing {output.name}")
-        form = ExportOptions("dense") if shrunk else options.export
-        saved = model.save(masks, folder, output.name, form, _note(plan))
-        progress("verifying")
-        described_after = pool.submit(_describe, saved.files)
-        claim, nonzero = verify_weights(model, saved)
-        require([claim])
-        claims = [
-            *lifted,
-            *inputs.converted(),
-            *(shrunk.claims if shrunk else ()),
-            *([claim] if masks else []),
-            *_verify(model, saved, inputs, options.threads),
-        ]
-        require(claims)
-        run = _Run(options, source, base, model, saved, inputs, nonzero, (count, after))
-        files_before, files_after = described.result(), described_after.result()
-        progress("comparing the models' outputs")
+    check_output(options, output, output_format)
+    return output, output_format
+
+
+@dataclass(frozen=True, eq=False)
+class Written:
+    """A pruned model that was written into a temporary folder, and verified."""
+
+    session: Opened
+    applied: Applied
+    plan: Plan
+    output: Path
+    folder: Path
+    saved: Saved
+    nonzero: Mapping[str, int]
+    claims: tuple[Claim, ...]
+    count: ParameterCount
+    files: Future[_Files]
+
+    def report(self, arguments: Mapping[str, Any]) -> Report:
+        """Compares it with the original, measures both, and says all there is to say."""
+        session, applied, saved = self.session, self.applied, self.saved
+        run = _Run(
+            session.options,
+            session.source,
+            session.base,
+            applied.model,
+            saved,
+            session.inputs,
+            self.nonzero,
+            (session.count, self.count),
+        )
+        files_before, files_after = session.files.result(), self.files.result()
+        session.progress("comparing the models' outputs")
         quality = _quality(run)
-        progress("timing")
+        session.progress("timing")
         before, now, ratios, warnings = _measured(run, quality, files_before, files_after)
-        report = Report(
+        source, base, model = session.source, session.base, applied.model
+        return Report(
             arguments=dict(arguments),
             model=ModelInfo(
                 str(source.path),
@@ -238,279 +260,74 @@ def prune(options: PruneOptions, arguments: Mapping[str, Any], progress: Progres
                 source.producer,
                 source.opset,
             ),
-            output=OutputInfo(str(output), saved.format, files_after.sha256),
-            plan=plan,
-            layers=_layer_rows(base.layers, model.layers, saved, nonzero, blocked),
+            output=OutputInfo(str(self.output), saved.format, files_after.sha256),
+            plan=self.plan,
+            layers=_layer_rows(base.layers, model.layers, saved, self.nonzero, applied.blocked),
             skipped=model.skipped,
             before=before,
             after=now,
             ratios=ratios,
             fidelity=quality.fidelity,
-            verification=tuple(claims),
+            verification=self.claims,
             warnings=tuple(
                 dict.fromkeys(
                     (
                         *source.warnings,
                         *base.warnings,
-                        *limits,
-                        *(shrunk.warnings if shrunk else ()),
+                        *session.limits,
+                        *applied.warnings,
                         *saved.warnings,
                         *warnings,
                     )
                 )
             ),
-            environment=measure.environment(options.threads),
+            environment=measure.environment(session.options.threads),
             lifts=model.lifts,
-            units=shrunk.units if shrunk else (),
-            states=shrunk.states if shrunk else (),
-            repairs=shrunk.repairs if shrunk else (),
-        )
-        _move(saved, output, folder)
-    return report
-
-
-class _Inputs:
-    """The original, ready to run, and what it is run on; both are made when first asked for."""
-
-    def __init__(self, options: PruneOptions, source: LoadedModel, base: LoadedModel) -> None:
-        self.options = options
-        self._source = source
-        self._base = base
-
-    @functools.cached_property
-    def original(self) -> Runner:
-        """The model that the user named."""
-        return self._source.open(self.options.threads)
-
-    @functools.cached_property
-    def data(self) -> Dataset | None:
-        """What ``--data`` holds."""
-        path = self.options.data
-        return None if path is None else load_dataset(path, self.original.inputs)
-
-    @functools.cached_property
-    def calibration(self) -> Dataset | None:
-        """What ``--calibration`` holds, or else ``--data``."""
-        path = self.options.calibration
-        return self.data if path is None else load_dataset(path, self.original.inputs)
-
-    @functools.cached_property
-    def feeds(self) -> list[Feed]:
-        """Some samples of the data, or made-up inputs, to compare models on."""
-        feeds = _feeds(self.original, self._base.layers, self.data, self.options.seed)
-        if self.data is None and self.options.right_padding:
-            return [*map(padded_on_the_right, feeds)]
-        return feeds
-
-    def converted(self) -> list[Claim]:
-        """Holds a converted model against the original."""
-        if self._base.format == self._source.format:
-            return []
-        return [
-            verify_runs(
-                "the converted ONNX model computes what the original computes",
-                self.original,
-                self._base.open(self.options.threads),
-                self.feeds,
-                [o.name for o in self.original.outputs],
-                self.data is None,
-                CONVERSION_TOLERANCE,
-            )
-        ]
-
-
-def _without_structures(
-    model: LoadedModel,
-    stage: Stage,
-    inputs: _Inputs,
-    stack: contextlib.ExitStack,
-    progress: Progress,
-) -> Shrunk:
-    """Removes units or layers; the new model lives as long as the stack."""
-    from rnnprune_cli.onnx_model import OnnxModel
-    from rnnprune_cli.shrink.layers import remove_layers
-    from rnnprune_cli.shrink.task import Task
-    from rnnprune_cli.shrink.units import remove_units
-
-    assert isinstance(model, OnnxModel)
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rnnprune-")))
-    names = [layer.name for layer in chosen_layers(model.layers, stage)]
-    task = Task(
-        model,
-        stage,
-        names,
-        folder,
-        inputs.calibration,
-        inputs.feeds,
-        inputs.data is None,
-        inputs.options.seed,
-        inputs.options.threads,
-        progress,
-    )
-    shrunk = remove_units(task) if stage.granularity == "unit" else remove_layers(task)
-    blocked = {
-        layer.name: "not selected" for layer in model.layers if layer.name not in names
-    } | dict(shrunk.blocked)
-    require(shrunk.claims)
-    return dataclasses.replace(shrunk, blocked=blocked)
-
-
-# Options and paths
-
-
-def _check_options(options: PruneOptions) -> None:
-    check_metric(options.metric)
-    if options.stage is not None:
-        _check_stage(options.stage)
-    if options.export.export not in EXPORTS:
-        raise UsageError(
-            f"there is no export form '{options.export.export}'",
-            closest(options.export.export, EXPORTS),
-        )
-    units = options.stage is not None and options.stage.granularity in STRUCTURES
-    if units and options.export.export not in ("auto", "shrunk"):
-        raise UsageError(
-            f"--export {options.export.export} is for single weights",
-            "units and layers are cut out: leave it out, or --export shrunk",
-        )
-    if options.export.export == "shrunk" and not units:
-        raise UsageError(
-            "--export shrunk is for units and layers", "use it with --granularity unit or layer"
-        )
-    if options.export.values not in VALUES:
-        raise UsageError(
-            f"values cannot be stored as '{options.export.values}'",
-            closest(options.export.values, VALUES),
-        )
-    if options.export.values != "float32" and (
-        units or options.export.export not in ("auto", "packed")
-    ):
-        raise UsageError(
-            f"--values {options.export.values} is for packed weights",
-            "use it with --export packed or --export auto",
-        )
-    if not 1 <= options.threads <= MAX_THREADS:
-        raise UsageError(
-            f"--threads {options.threads} is not between 1 and {MAX_THREADS}",
-            "more threads than cores do not make a model faster",
+            units=applied.units,
+            states=applied.states,
+            repairs=applied.repairs,
         )
 
-
-def _check_stage(stage: Stage) -> None:
-    found = find_method(stage.method)
-    if stage.granularity not in GRANULARITIES:
-        raise UsageError(
-            f"there is no granularity '{stage.granularity}'",
-            closest(stage.granularity, GRANULARITIES),
-        )
-    if stage.granularity not in found.granularities:
-        raise UsageError(
-            f"method '{stage.method}' cannot score granularity '{stage.granularity}'",
-            f"it scores: {', '.join(found.granularities)}",
-        )
-    scopes = SCOPES_OF[stage.granularity]
-    if stage.scope not in scopes:
-        every = {scope for known in SCOPES_OF.values() for scope in known}
-        if stage.scope in every:
-            raise UsageError(
-                f"scope '{stage.scope}' is not for granularity '{stage.granularity}'",
-                f"it has: {', '.join(scopes)}",
-            )
-        raise UsageError(f"there is no scope '{stage.scope}'", closest(stage.scope, scopes))
-    if not 0 <= stage.sparsity < 1:
-        raise UsageError(
-            f"sparsity {stage.sparsity:g} is not between 0 and 1",
-            "it is the share of weights, or units, to remove, such as 0.7",
-        )
-    if stage.granularity != "unit" and (stage.resize_state or stage.allow_inexact):
-        option = "--resize-state" if stage.resize_state else "--allow-inexact"
-        raise UsageError(f"{option} is for units", "use it with --granularity unit")
+    def move(self) -> None:
+        """Moves it to its place."""
+        _move(self.saved, self.output, self.folder)
 
 
-def output_path(model: Path, output: Path | None, what: str = "pruned") -> tuple[Path, str]:
-    """Returns where the result goes and its format, from the two paths alone.
+@contextlib.contextmanager
+def written(session: Opened, applied: Applied, output: Path, plan: Plan) -> Iterator[Written]:
+    """Writes a pruned model into a temporary folder beside its place, and verifies it.
 
     Args:
-        model: The model.
-        output: What the user gave.
-        what: Part of the name if nothing was given.
+        session: The model.
+        applied: What the stages made of it.
+        output: Where it is to go.
+        plan: The stages.
 
     Raises:
-        UsageError: If the format cannot be written from this kind of model.
+        RnnpruneError: If it is not equivalent to the masked model.
     """
-    from_tensorflow = model.is_dir() or model.suffix.lower() in TENSORFLOW_SUFFIXES
-    own = "savedmodel" if model.is_dir() else "keras" if from_tensorflow else "onnx"
-    if output is None:
-        if model.is_dir():
-            named = model.resolve() if model.name in ("", "..") else model
-            return named.with_name(f"{named.name}.{what}"), own
-        suffix = model.suffix if from_tensorflow else ".onnx"
-        return model.with_name(f"{model.stem}.{what}{suffix}"), own
-    suffix = output.suffix.lower()
-    if suffix == ".onnx":
-        return output, "onnx"
-    if own == "onnx":
-        raise UsageError(
-            f"an ONNX model cannot be written as '{output}'", "the output must end in .onnx"
+    model, progress, inputs = applied.model, session.progress, session.inputs
+    changed = model is not session.source
+    count = model.count() if changed else session.count  # before runtimes hold copies
+    with _folder_beside(output) as folder:
+        progress(f"writing {output.name}")
+        form = session.options.export if applied.pruned else ExportOptions("dense")
+        saved = model.save(applied.pruned, folder, output.name, form, _note(plan))
+        progress("verifying")
+        described = session.pool.submit(_describe, saved.files)
+        claim, nonzero = verify_weights(model, saved)
+        require([claim])
+        claims = (
+            *session.lifted,
+            *inputs.converted(),
+            *applied.claims,
+            *([claim] if applied.pruned else []),
+            *_verify(model, saved, inputs, session.options.threads),
         )
-    if own == "keras" and suffix != model.suffix.lower():
-        raise UsageError(
-            f"a {model.suffix} model cannot be written as '{output}'",
-            f"the output must end in {model.suffix} or .onnx",
+        require(claims)
+        yield Written(
+            session, applied, plan, output, folder, saved, nonzero, claims, count, described
         )
-    if own == "savedmodel" and suffix in TENSORFLOW_SUFFIXES:
-        raise UsageError(
-            f"a SavedModel cannot be written as '{output}'",
-            "the output must be a directory, or end in .onnx",
-        )
-    return output, own
-
-
-def _check_output(options: PruneOptions, output: Path, output_format: str) -> None:
-    if output.resolve() == options.model.resolve():
-        raise UsageError(
-            f"the output {output} is the input", "give another path with -o; the input is kept"
-        )
-    if options.model.is_dir() and output.resolve().is_relative_to(options.model.resolve()):
-        raise UsageError(
-            f"the output {output} lies inside the input", "give a path outside it with -o"
-        )
-    if not output.parent.is_dir():
-        raise UsageError(
-            f"the folder of {output} does not exist", f"make it first: mkdir -p {output.parent}"
-        )
-    for path in (output, _data_file(output)) if output_format == "onnx" else (output,):
-        if path.exists() and not options.force:
-            raise UsageError(f"{path} exists already", "overwrite it with --force, or give -o")
-        if any(report.resolve() == path.resolve() for report in options.reports):
-            raise UsageError(f"{path} is the output and a report", "give one of them another path")
-    if output.exists() and (output.is_dir() != (output_format == "savedmodel")):
-        raise UsageError(
-            f"{output} is " + ("a directory" if output.is_dir() else "no directory"),
-            "it is not replaced by the other kind; give another path with -o",
-        )
-    if output.exists() and not output.is_dir() and not output.is_file():
-        raise UsageError(f"{output} is no regular file", "give another path with -o")
-    if output.is_dir() and any(output.iterdir()) and not (output / "saved_model.pb").is_file():
-        raise UsageError(
-            f"{output} is a directory that holds no SavedModel",
-            "it is not overwritten, not even with --force; give another path with -o",
-        )
-
-
-def _protect(source: LoadedModel, output: Path) -> None:
-    """Raises UsageError if writing the output would destroy a file of the input."""
-    for file in source.files:
-        for path in (output, _data_file(output)):
-            if path.exists() and path.samefile(file):
-                raise UsageError(
-                    f"writing {output} would replace {path}, which belongs to the input",
-                    "give another path with -o",
-                )
-
-
-def _data_file(output: Path) -> Path:
-    return output.with_name(f"{output.name}.data")
 
 
 @contextlib.contextmanager
@@ -552,7 +369,7 @@ def _move(saved: Saved, output: Path, folder: Path) -> None:
     for file in reversed(saved.files):
         file.replace(output.with_name(file.name))
     if replaced and saved.format == "onnx" and len(saved.files) == 1:
-        _data_file(output).unlink(missing_ok=True)  # of the model that --force replaced
+        data_file(output).unlink(missing_ok=True)  # of the model that --force replaced
 
 
 def _note(plan: Plan) -> str:
@@ -598,8 +415,8 @@ def lift_model(
         if options.data is None:
             return []
         data = load_dataset(options.data, runner.inputs)
-        bounds = list(data.batches(_VERIFIED_SAMPLES))
-        bounds = bounds[: _VERIFIED_SAMPLES if data.single else 1]
+        bounds = list(data.batches(VERIFIED_SAMPLES))
+        bounds = bounds[: VERIFIED_SAMPLES if data.single else 1]
         return [data.feed(start, stop) for start, stop in bounds]
 
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rnnprune-")))
@@ -610,7 +427,7 @@ def lift_model(
         given,
         options.right_padding,
         options.threads,
-        inside_loops=options.stage is not None,
+        inside_loops=bool(options.stages),
     )
 
 
@@ -664,95 +481,6 @@ def require_layers(model: LoadedModel) -> None:
     )
 
 
-def chosen_layers(layers: Sequence[RecurrentLayer], stage: Stage) -> tuple[RecurrentLayer, ...]:
-    """Returns the layers that ``--layers`` and ``--exclude`` select.
-
-    Raises:
-        UsageError: If a pattern matches no layer, or none is left.
-    """
-    names = [layer.name for layer in layers]
-    for pattern in (*stage.layers, *stage.exclude):
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise UsageError(f"no layer matches '{pattern}'", closest(pattern, names))
-    chosen = tuple(
-        layer
-        for layer in layers
-        if (not stage.layers or any(fnmatchcase(layer.name, p) for p in stage.layers))
-        and not any(fnmatchcase(layer.name, p) for p in stage.exclude)
-    )
-    if not chosen:
-        raise UsageError("--exclude leaves no layer to prune", f"layers: {', '.join(names)}")
-    return chosen
-
-
-def make_masks(
-    layers: Sequence[RecurrentLayer], stage: Stage, seed: int, progress: Progress
-) -> tuple[dict[str, BoolArray], dict[str, str]]:
-    """Scores and selects.
-
-    A weight that a layer outside the selection also uses is left alone.
-
-    Args:
-        layers: All prunable layers of the model.
-        stage: What to do.
-        seed: Seed of random scores; each weight has a stream of its own.
-        progress: Called with what is being scored.
-
-    Returns:
-        Weight name → mask, and layer name → why it was not pruned.
-
-    Raises:
-        RnnpruneError: If no weight would be removed although some were to be.
-    """
-    chosen = set(chosen_layers(layers, stage))
-    blocked = {layer.name: "not selected" for layer in layers if layer not in chosen}
-    protected: dict[str, str] = {}
-    for layer in layers:
-        if layer not in chosen:
-            protected.update({w.name: layer.name for w in layer.weights})
-    weights: dict[str, int] = {}
-    for number, weight in enumerate(_weights(layers)):
-        users = [layer for layer in chosen if weight in layer.weights]
-        if users and weight.name not in protected:
-            weights[weight.name] = number
-        for layer in users:
-            if weight.name in protected:
-                blocked[layer.name] = (
-                    f"shares weights with '{protected[weight.name]}', not selected"
-                )
-    score = find_method(stage.method).weight
-    assert score is not None  # the options were checked
-    masks: dict[str, BoolArray] = {}
-    every = [tuple(w for w in f if w.name in weights) for f in families(layers)]
-    if stage.scope == "global":
-        every = [tuple(w for family in every for w in family)]
-    for family in filter(None, every):
-        progress(f"scoring {', '.join(w.name for w in family[:2])}")
-        scores = {w.name: score(w, np.random.default_rng([seed, weights[w.name]])) for w in family}
-        masks.update(select(scores, family, stage.scope, stage.sparsity))
-    if stage.sparsity > 0 and not any(_removes(w, masks) for w in _weights(layers)):
-        kept = sum(w.nonzero for w in _weights(layers))
-        share = 1 - kept / sum(w.size for w in _weights(layers))
-        raise RnnpruneError(
-            f"sparsity {stage.sparsity:g} removes not a single weight: {share:.2f} of them are zero"
-            " already, or the layers are too small, or share their weights with others",
-            "ask for a higher --sparsity, or select other --layers",
-        )
-    return masks, blocked
-
-
-def _removes(weight: Weight, masks: Masks) -> bool:
-    """Tells whether a mask removes anything that is not zero yet; looks no further than needed."""
-    mask = masks.get(weight.name)
-    if mask is None:
-        return False
-    values = weight.read()
-    return any(
-        bool(np.any(values[:, start : start + 64][~mask[:, start : start + 64]]))
-        for start in range(0, weight.shape[1], 64)
-    )
-
-
 def _layer_rows(
     before: Sequence[RecurrentLayer],
     after: Sequence[RecurrentLayer],
@@ -785,44 +513,17 @@ def _layer_rows(
     return tuple(rows)
 
 
-def _weights(layers: Sequence[RecurrentLayer]) -> tuple[Weight, ...]:
-    """The distinct weights of layers, in order."""
-    return tuple(dict.fromkeys(w for layer in layers for w in layer.weights))
-
-
 # Verifying and measuring
 
 
-_MACS_OF_MADE_UP_FEED = 300_000_000
-"""Made-up sequences are shorter for large models, so that one call stays below a second."""
-
-
-def _feeds(
-    original: Runner, layers: Sequence[RecurrentLayer], data: Dataset | None, seed: int
-) -> list[Feed]:
-    if data is None:
-        macs = sum(layer.macs_per_step for layer in layers)
-        return made_up_feeds(original, seed, max(1, _MACS_OF_MADE_UP_FEED // macs))
-    bounds = list(data.batches(_VERIFIED_SAMPLES))[: _VERIFIED_SAMPLES if data.single else 1]
-    feeds: list[Feed] = [data.feed(start, stop) for start, stop in bounds]
-    for feed in feeds:
-        original.reset()
-        if any(has_nan(output) for output in original.run(feed)):
-            raise RnnpruneError(
-                "the original model answers the data with NaN, so nothing can be compared",
-                "check the data against what the model was trained on",
-            )
-    return feeds
-
-
-def _verify(model: LoadedModel, saved: Saved, inputs: _Inputs, threads: int) -> list[Claim]:
+def _verify(model: LoadedModel, saved: Saved, inputs: Inputs, threads: int) -> list[Claim]:
     claims = model.verify_untouched(saved)
     names, feeds = [o.name for o in inputs.original.outputs], inputs.feeds
     if model.big and any(claim.claim == UNCHANGED for claim in claims):
         # Held against each other bit by bit; two more copies in memory would prove no more.
         return claims
     if model.format == "onnx" and saved.stored:
-        unpruned = {weight.name: weight.read for weight in _weights(model.layers)}
+        unpruned = {weight.name: weight.read for weight in distinct_weights(model.layers)}
         claims.append(
             verify_same(
                 "with nothing removed, the weights that were found give the original's outputs",
@@ -855,7 +556,7 @@ class _Run:
     model: LoadedModel
     """The same without removed units."""
     saved: Saved
-    inputs: _Inputs
+    inputs: Inputs
     nonzero: Mapping[str, int]
     counts: tuple[ParameterCount, ParameterCount]
     """Of the original, and of the model whose weights are pruned."""
@@ -947,7 +648,7 @@ def _measured(
     latency_before, latency_after, ratio = measure.interleaved_latency(
         openers, feed, options.latency_seconds, rounds, options.seed
     )
-    weights, left = _weights(run.base.layers), _weights(run.model.layers)
+    weights, left = distinct_weights(run.base.layers), distinct_weights(run.model.layers)
     nonzero_left = sum(w.nonzero for w in left)
     nonzero_after = sum(run.nonzero.get(w.name, w.nonzero) for w in left)
     before = Measurement(
@@ -984,32 +685,32 @@ def _measured(
 
 
 def _advice(run: _Run, gzip_estimated: bool) -> Iterator[str]:
-    stage = run.options.stage
-    if stage is not None and stage.sparsity == 0:
-        what = f"{stage.granularity}s"
-        yield f"sparsity 0 removes nothing; give --sparsity 0.5 to remove half of the {what}"
-    if run.data is None and stage is None:
+    stages = run.options.stages
+    removing = [stage for stage in stages if stage.sparsity > 0]
+    for stage in stages:
+        if stage.sparsity == 0:
+            what = f"{stage.granularity}s" if stage.granularity in STRUCTURES else "weights"
+            yield f"sparsity 0 removes nothing; give --sparsity 0.5 to remove half of the {what}"
+    if run.data is None and not stages:
         yield "inputs were made up: give --data to compare on real ones"
     elif run.data is None:
         yield "inputs were made up: give --data for outputs and a metric that mean something"
-    elif stage is not None and not run.data.targets:
+    elif stages and not run.data.targets:
         yield "the data has no labels, so no metric was measured: add an array 'labels'"
-    if stage is not None and stage.sparsity > 0 and run.options.export.export == "dense":
+    if removing and run.options.masks and run.options.export.export == "dense":
         yield "zeros are stored like any weight: --export packed makes the file smaller"
-    if stage is not None and stage.granularity in STRUCTURES and run.data is not None:
-        learns = stage.compensate or find_method(stage.method).needs_data
-        if stage.sparsity > 0 and learns and run.inputs.calibration is run.data:
-            yield (
-                "outputs and metric are measured on the data that the choice or the repair was"
-                " worked out on, which flatters them: give other data with --calibration"
-            )
+    learns = any(s.compensate or find_method(s.method).needs_data for s in removing)
+    if learns and run.data is not None and run.inputs.calibration is run.data:
+        yield (
+            "outputs and metric are measured on the data that the choice or the repair was worked"
+            " out on, which flatters them: give other data with --calibration"
+        )
     if run.source.format != run.base.format:
         yield (
             "latency before is TensorFlow's, after onnxruntime's: to see what pruning alone brings,"
             " convert first (--sparsity 0 -o model.onnx)"
         )
-    weights = stage is not None and stage.granularity == "weight"
-    if weights and run.source.format == run.model.format:
+    if stages and not run.options.cuts and run.source.format == run.model.format:
         yield (
             "runtimes multiply zeros too: removing single weights does not change latency,"
             " --granularity unit does"

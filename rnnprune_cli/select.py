@@ -1,32 +1,147 @@
-"""Scores, scope and sparsity → masks: which weights go."""
+"""Scores, granularity, scope and sparsity → masks: which weights go."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from rnnprune_cli.errors import UsageError, closest
 from rnnprune_cli.model import Array, BoolArray, RecurrentLayer, Weight
 
 SCOPES = {
+    "cell": "all weights of one direction of a layer, W and R; those of sigmoid gates count half",
     "row": "the weights into each gate of each unit: a row of [W R]",
     "layer": "each matrix by itself: W and R of one direction of a layer",
-    "global": "all selected weights together",
+    "global": "all selected weights together; those of sigmoid gates count half",
 }
-"""Name → within what the scores compete."""
+"""Name → within what the scores compete; the first is the default."""
+ACROSS_GATES = ("cell", "global")
+"""Scopes in which scores of different gates are made comparable by :data:`GATE_SCALES`."""
+
+GATE_SCALES: dict[int, tuple[float, ...]] = {
+    4: (0.5, 0.5, 0.5, 1.0),
+    3: (0.5, 0.5, 1.0),
+    1: (1.0,),
+}
+"""Number of gates → what the size of a weight counts in each, in ONNX's order (iofc, zrh, h).
+
+``sigmoid(z) = (1 + tanh(z / 2)) / 2``: a sigmoid gate is a tanh of half its input, so that a weight
+of it moves the gate half as much, in units of where it saturates. On the sample models at 70 %,
+without data, this loses 0.50 bits instead of 0.88 (language) and 1.8 instead of 22 (time series,
+mse); 0.35 and 0.6 do about as well.
+"""
 
 UNIT_SCOPES = {
     "layer": "the units of each layer, and of layers that must keep the same ones",
     "global": "all units; a score counts as the share of what its layer hands on",
 }
-"""Name → within what the scores of units compete."""
+"""Name → within what the scores of units compete; the first is the default."""
+
+GRANULARITIES = {
+    "weight": "single weights",
+    "block:RxC": "blocks of R rows of a gate by C columns, such as block:16x1",
+    "bank:N": "single weights, as many in every N neighbours of a row",
+    "nm:N:M": "all but N of every M neighbours in a row, such as nm:2:4",
+}
+"""Name → what is removed together, of weights."""
 
 NDArrayInt = np.ndarray[Any, np.dtype[np.int64]]
 
 _CHUNK_ELEMENTS = 1 << 20
 """Rows are selected in blocks of about this size, to keep temporaries small."""
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """What weights are removed together.
+
+    Attributes:
+        rows: Rows of a block; none reaches over the end of a gate.
+        columns: Columns of a block.
+        bank: How many neighbours in a row are a bank, which all lose as many; 0 for none.
+        kept: How many of each bank stay, where that is not a matter of sparsity.
+    """
+
+    rows: int = 1
+    columns: int = 1
+    bank: int = 0
+    kept: int | None = None
+
+    @property
+    def sparsity(self) -> float | None:
+        """The only sparsity that there is, for n:m."""
+        return None if self.kept is None else 1 - self.kept / self.bank
+
+    @property
+    def scopes(self) -> Mapping[str, str]:
+        """The scopes that it leaves a choice of."""
+        return {"row": "each bank by itself"} if self.bank else SCOPES
+
+    def pool(self, scores: Array, gates: int) -> Array:
+        """Returns the mean score of each block, ``[directions, blocks down, blocks across]``."""
+        if self.rows == self.columns == 1:
+            return scores
+        starts = [_starts(n, size, g) for n, size, g in self._axes(scores.shape, gates)]
+        sums = np.add.reduceat(np.add.reduceat(scores, starts[0], 1), starts[1], 2)
+        down, across = (np.diff(s, append=n) for s, n in zip(starts, scores.shape[1:], strict=True))
+        return np.asarray(sums / (down[:, None] * across).astype(scores.dtype))
+
+    def spread(self, kept: BoolArray, shape: tuple[int, int, int], gates: int) -> BoolArray:
+        """Returns the mask of the weights of what :meth:`pool` made blocks of."""
+        if self.rows == self.columns == 1:
+            return kept
+        for axis, (n, size, parts) in enumerate(self._axes(shape, gates), start=1):
+            kept = np.repeat(kept, np.diff(_starts(n, size, parts), append=n), axis)
+        return kept
+
+    def _axes(self, shape: tuple[int, ...], gates: int) -> list[tuple[int, int, int]]:
+        return [(shape[1], self.rows, gates), (shape[2], self.columns, 1)]
+
+
+def _starts(n: int, size: int, parts: int) -> NDArrayInt:
+    """Returns where blocks begin, if each of equal parts of an axis is divided by itself."""
+    each = n // parts
+    return np.concatenate([np.arange(k * each, (k + 1) * each, size) for k in range(parts)])
+
+
+def parse_pattern(granularity: str) -> Pattern:
+    """Returns what a granularity of weights removes together.
+
+    Raises:
+        UsageError: If it is none, with the closest that there is.
+    """
+    if granularity == "weight":
+        return Pattern()
+    if found := re.fullmatch(r"block:(\d+)x(\d+)", granularity):
+        rows, columns = map(int, found.groups())
+        if rows and columns:
+            return Pattern(rows, columns)
+    if (found := re.fullmatch(r"bank:(\d+)", granularity)) and int(found[1]) > 1:
+        return Pattern(bank=int(found[1]))
+    if found := re.fullmatch(r"nm:(\d+):(\d+)", granularity):
+        kept, bank = map(int, found.groups())
+        if 0 < kept < bank:
+            return Pattern(bank=bank, kept=kept)
+    kind = granularity.split(":")[0]
+    forms = {name.split(":")[0]: name for name in GRANULARITIES}
+    if kind in forms:
+        raise UsageError(
+            f"granularity '{granularity}' is not of the form {forms[kind]}",
+            "such as block:16x1, bank:32 or nm:2:4",
+        )
+    names = [*GRANULARITIES, "unit", "layer"]
+    raise UsageError(f"there is no granularity '{granularity}'", closest(granularity, names))
+
+
+def gate_scale(weight: Weight) -> Array:
+    """Returns what the size of a weight counts in each row, ``[rows, 1]``; see GATE_SCALES."""
+    scales = np.asarray(GATE_SCALES[weight.gates], np.float32)
+    return np.repeat(scales, weight.shape[1] // weight.gates)[:, None]
 
 
 def removed_per_group(groups: int, size: int, sparsity: float) -> NDArrayInt:
@@ -62,38 +177,67 @@ def families(layers: Iterable[RecurrentLayer]) -> list[tuple[Weight, ...]]:
 
 
 def select(
-    scores: Mapping[str, Array], family: Sequence[Weight], scope: str, sparsity: float
+    scores: Mapping[str, Array],
+    family: Sequence[Weight],
+    scope: str,
+    sparsity: float,
+    pattern: Pattern = Pattern(),
 ) -> dict[str, BoolArray]:
     """Chooses the weights to keep.
 
     The smallest scores of each competing group go; of equal scores those that come first. The
-    number removed differs from ``sparsity`` by less than one weight in each group.
+    number removed differs from ``sparsity`` by less than one weight, or block, in each group; in
+    banks, by up to half a weight.
 
     Args:
         scores: Weight name → scores, shaped like the weight.
         family: What is selected at once: one of :func:`families`, or all weights for ``global``.
         scope: A key of :data:`SCOPES`.
         sparsity: Share to remove, 0 ≤ s < 1.
+        pattern: What is removed together; a block counts by the mean of its scores.
 
     Returns:
         Weight name → True where the weight is kept.
     """
+    if pattern.bank:
+        return {w.name: _select_banks(scores[w.name], pattern, sparsity) for w in family}
+    blocks = [pattern.pool(scores[w.name], w.gates) for w in family]
     if scope == "global":
-        flat = np.concatenate([scores[w.name].reshape(-1) for w in family])[None]
+        flat = np.concatenate([b.reshape(-1) for b in blocks])[None]
         (kept,) = _select_rows([flat], removed_per_group(1, flat.size, sparsity))
-        parts = np.split(kept[0], np.cumsum([w.size for w in family])[:-1])
-        return {w.name: p.reshape(w.shape) for w, p in zip(family, parts, strict=True)}
-    masks = {}
-    for together in [family] if scope == "row" else [[w] for w in family]:
-        directions, rows, _ = together[0].shape
-        groups = 1 if scope == "layer" else rows
-        matrices = [scores[w.name].reshape(directions * groups, -1) for w in together]
-        # Rounding is spread within each direction, so that both lose the same.
-        columns = sum(m.shape[1] for m in matrices)
-        removed = np.tile(removed_per_group(groups, columns, sparsity), directions)
-        for weight, kept in zip(together, _select_rows(matrices, removed), strict=True):
-            masks[weight.name] = kept.reshape(weight.shape)
-    return masks
+        parts = np.split(kept[0], np.cumsum([b.size for b in blocks])[:-1])
+        found = [part.reshape(b.shape) for b, part in zip(blocks, parts, strict=True)]
+    else:
+        found = []
+        for together in [[b] for b in blocks] if scope == "layer" else [blocks]:
+            directions, rows, _ = together[0].shape
+            groups = rows if scope == "row" else 1
+            matrices = [b.reshape(directions * groups, -1) for b in together]
+            # Rounding is spread within each direction, so that both lose the same.
+            columns = sum(m.shape[1] for m in matrices)
+            removed = np.tile(removed_per_group(groups, columns, sparsity), directions)
+            for block, kept in zip(together, _select_rows(matrices, removed), strict=True):
+                found.append(kept.reshape(block.shape))
+    return {
+        w.name: pattern.spread(kept, w.shape, w.gates)
+        for w, kept in zip(family, found, strict=True)
+    }
+
+
+def _select_banks(scores: Array, pattern: Pattern, sparsity: float) -> BoolArray:
+    """Keeps as many of every bank; the last one of a row may be shorter."""
+    columns = scores.shape[2]
+    kept = np.empty(scores.shape, np.bool_)
+    whole = columns - columns % pattern.bank
+    for part, bank in ((slice(whole), pattern.bank), (slice(whole, None), columns - whole)):
+        banks = np.ascontiguousarray(scores[:, :, part]).reshape(-1, max(bank, 1))
+        if banks.size:
+            share = round(bank * sparsity)
+            gone = share if pattern.kept is None else max(0, bank - pattern.kept)
+            removed = np.full(len(banks), min(gone, bank - 1), np.int64)
+            (chosen,) = _select_rows([banks], removed)
+            kept[:, :, part] = chosen.reshape(kept[:, :, part].shape)
+    return kept
 
 
 def _select_rows(matrices: Sequence[Array], removed: NDArrayInt) -> list[BoolArray]:

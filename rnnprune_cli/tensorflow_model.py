@@ -20,19 +20,19 @@ import onnx
 from rnnprune_cli.errors import RnnpruneError, UsageError
 from rnnprune_cli.gate_order import keras_to_onnx, onnx_to_keras
 from rnnprune_cli.model import (
+    GATES,
     UNCHANGED,
     Array,
     Claim,
     ExportOptions,
     LoadedModel,
-    Masks,
     Op,
     ParameterCount,
+    Pruned,
     RecurrentLayer,
     Runner,
     Saved,
     Skipped,
-    StoredWeight,
     Weight,
 )
 from rnnprune_cli.tensorflow.recurrence import Findings, Recurrence, layer_path
@@ -210,7 +210,8 @@ class TensorFlowModel(LoadedModel):
         weight = self._by_content.get(key)
         if weight is None:
             columns, rows = values.shape
-            weight = Weight(name, (1, rows, columns), values.dtype, self._reader(op, capture))
+            read = self._reader(op, capture)
+            weight = Weight(name, (1, rows, columns), values.dtype, read, GATES[op])
             self._by_content[key] = weight
             self._kernels[name] = _Kernel(op, (capture,), addresses)
         else:
@@ -276,12 +277,12 @@ class TensorFlowModel(LoadedModel):
     # -- saving -----------------------------------------------------------------------------------
 
     def save(
-        self, masks: Masks, directory: Path, name: str, options: ExportOptions, note: str
+        self, pruned: Pruned, directory: Path, name: str, options: ExportOptions, note: str
     ) -> Saved:
         """Writes a copy whose variables hold zeros where the masks remove weights.
 
         Args:
-            masks: What is kept of each weight; weights that are not named stay as they are.
+            pruned: What becomes of weights; those that are not named stay as they are.
             directory: Existing empty directory.
             name: File or directory name of the model in there.
             options: ``auto`` or ``dense``; a variable has no other form.
@@ -302,10 +303,8 @@ class TensorFlowModel(LoadedModel):
                 f"a TensorFlow model cannot hold {options.values} values for its variables",
                 "write ONNX instead, with -o NAME.onnx",
             )
-        weights = {weight.name: weight for layer in self.layers for weight in layer.weights}
-        stored = {key: StoredWeight(weights[key], mask) for key, mask in masks.items()}
         changes = {}
-        for key, values in stored.items():
+        for key, values in pruned.items():
             kernel = self._kernels[key]
             change = Change(
                 self.program.values(kernel.captures[0]), onnx_to_keras(kernel.op, values())
@@ -317,8 +316,8 @@ class TensorFlowModel(LoadedModel):
             path=target,
             files=self._store.files(target),
             format=self.format,
-            exports=dict.fromkeys(stored, "dense"),
-            stored=stored,
+            exports=dict.fromkeys(pruned, "dense"),
+            stored=dict(pruned),
         )
 
     def read_back(self, saved: Saved) -> Iterable[tuple[str, Array]]:

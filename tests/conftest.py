@@ -13,7 +13,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from rnnprune_cli.model import GATES, ExportOptions, Report, Stage
-from rnnprune_cli.pipeline import PruneOptions, prune
+from rnnprune_cli.options import PruneOptions
+from rnnprune_cli.pipeline import prune
 
 GRAPHS = Path(__file__).parent / "graphs"
 SAMPLES = Path(__file__).parent.parent / "sample_models"
@@ -166,12 +167,15 @@ def prune_model(tmp_path: Path) -> Prune:
         *,
         output: Path | None = None,
         method: str = "magnitude",
+        granularity: str = "weight",
         scope: str = "row",
         export: str = "auto",
         values: str = "float32",
         layers: Sequence[str] = (),
         exclude: Sequence[str] = (),
         data: Path | None = None,
+        calibration: Path | None = None,
+        compensate: bool = True,
         seed: int = 0,
         force: bool = False,
         signature: str | None = None,
@@ -185,9 +189,14 @@ def prune_model(tmp_path: Path) -> Prune:
         options = PruneOptions(
             model=path,
             output=output or tmp_path / "out.onnx",
-            stage=Stage(method, "weight", scope, sparsity, tuple(layers), tuple(exclude)),
+            stages=(
+                Stage(
+                    method, granularity, scope, sparsity, tuple(layers), tuple(exclude), compensate
+                ),
+            ),
             seed=seed,
             data=data,
+            calibration=calibration,
             metric=metric,
             export=ExportOptions(export, values),
             signature=signature,

@@ -13,7 +13,8 @@ from conftest import Graph, initializers, run, weights
 from rnnprune_cli.errors import RnnpruneError
 from rnnprune_cli.methods import methods
 from rnnprune_cli.model import GATES, Report, Stage
-from rnnprune_cli.pipeline import PruneOptions, prune
+from rnnprune_cli.options import PruneOptions
+from rnnprune_cli.pipeline import prune
 
 HIDDEN = 6
 LAYER_METHODS = [name for name, method in methods().items() if method.layer is not None]
@@ -37,7 +38,7 @@ def remove(tmp_path: Path) -> Remove:
         options = PruneOptions(
             path,
             tmp_path / "out.onnx",
-            Stage(method, granularity, scope, sparsity),
+            (Stage(method, granularity, scope, sparsity),),
             data=data,
             force=True,
             latency_seconds=0.0,

@@ -30,6 +30,7 @@ def test_each_group_loses_the_asked_share_within_one_weight(shape, sparsity, lev
     joint = np.concatenate([masks["W"], masks["R"]], axis=2)
     groups = {
         "row": list(joint.reshape(directions * rows, -1)),
+        "cell": list(joint.reshape(directions, -1)),
         "layer": [m[d].ravel() for m in masks.values() for d in range(directions)],
         "global": [joint.ravel()],
     }[scope]
@@ -57,6 +58,9 @@ def test_no_removed_score_exceeds_a_kept_one_of_its_group(shape, sparsity, scope
             flat_scores.reshape(-1, inputs + hidden),
             flat_masks.reshape(-1, inputs + hidden),
             strict=True,
+        ),
+        "cell": zip(
+            flat_scores.reshape(directions, -1), flat_masks.reshape(directions, -1), strict=True
         ),
         "layer": (
             (scores[n][d].ravel(), masks[n][d].ravel()) for n in scores for d in range(directions)

@@ -21,7 +21,8 @@ from rnnprune_cli import compensate
 from rnnprune_cli.errors import NotEquivalentError, RnnpruneError, UsageError
 from rnnprune_cli.methods import methods
 from rnnprune_cli.model import GATES, ExportOptions, Report, Stage
-from rnnprune_cli.pipeline import PruneOptions, prune
+from rnnprune_cli.options import PruneOptions
+from rnnprune_cli.pipeline import prune
 from rnnprune_cli.report.json import render, report_document
 from rnnprune_cli.report.table import report_table
 from rnnprune_cli.rewrite import units as rewrite
@@ -124,7 +125,7 @@ def shrink(tmp_path: Path) -> Shrink:
         options = PruneOptions(
             model=save(model, tmp_path),
             output=tmp_path / output,
-            stage=Stage(method, granularity, scope, sparsity, **stage),
+            stages=(Stage(method, granularity, scope, sparsity, **stage),),
             seed=seed,
             data=data,
             calibration=calibration,
@@ -555,7 +556,7 @@ def test_units_have_one_form_of_export(tmp_path, export):
     options = PruneOptions(
         model=save(model_of(), tmp_path),
         output=tmp_path / "out.onnx",
-        stage=Stage("magnitude", "unit", "layer", 0.5),
+        stages=(Stage("magnitude", "unit", "layer", 0.5),),
         export=ExportOptions(export),
     )
     with pytest.raises(UsageError, match=f"--export {export}"):

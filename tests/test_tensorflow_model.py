@@ -21,7 +21,7 @@ import pytest
 
 from rnnprune_cli.errors import ExitCode, RnnpruneError, UsageError
 from rnnprune_cli.gate_order import onnx_to_keras
-from rnnprune_cli.model import ExportOptions, LoadedModel, Runner, Saved
+from rnnprune_cli.model import ExportOptions, LoadedModel, Runner, Saved, StoredWeight
 from rnnprune_cli.tensorflow.canonical import canonicalize
 from rnnprune_cli.tensorflow.runtime import import_tensorflow, set_threads
 from rnnprune_cli.tensorflow_model import TensorFlowModel, load, to_onnx
@@ -238,9 +238,10 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], E
     return get
 
 
-def random_masks(model: LoadedModel, seed: int = 0) -> dict[str, np.ndarray]:
+def random_masks(model: LoadedModel, seed: int = 0) -> dict[str, StoredWeight]:
     rng = np.random.default_rng(seed)
-    return {w.name: rng.random(w.shape) < 0.5 for layer in model.layers for w in layer.weights}
+    weights = [w for layer in model.layers for w in layer.weights]
+    return {w.name: StoredWeight(w, rng.random(w.shape) < 0.5) for w in weights}
 
 
 def random_feed(runner: Runner, seed: int = 0) -> dict[str, np.ndarray]:
@@ -525,7 +526,8 @@ def test_weights_that_are_not_named_stay(exported: Any, tmp_path: Path) -> None:
 def test_no_copy_of_a_removed_weight_stays_in_the_file(exported: Any, tmp_path: Path) -> None:
     """Keras 3 exports every weight twice."""
     model = load(exported("keras", "lstm").path)
-    masks = {w.name: np.zeros(w.shape, bool) for w in model.layers[0].weights}
+    weights = model.layers[0].weights
+    masks = {w.name: StoredWeight(w, np.zeros(w.shape, bool)) for w in weights}
     saved = model.save(masks, tmp_path, "m", DENSE, "")
     reader = tf.train.load_checkpoint(str(saved.path / "variables" / "variables"))
     for key, shape in reader.get_variable_to_shape_map().items():

@@ -1,8 +1,8 @@
 """Criteria: what makes a weight, or a hidden unit, worth keeping.
 
-A criterion is one file in this folder that calls :func:`register`. To score weights, it sees a
-weight and a random generator, and returns a score for each element; to score units, it sees what is
-known about them. The smallest scores are removed.
+A criterion is one file in this folder that calls :func:`register`. It sees what is known about a
+weight and returns a score for each element; or about units, or a layer. The smallest scores are
+removed.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from rnnprune_cli.errors import UsageError, closest
-from rnnprune_cli.model import Array, LayerFigures, UnitFigures, Weight
+from rnnprune_cli.model import Array, LayerFigures, UnitFigures, WeightFigures
 
-WeightScore = Callable[[Weight, np.random.Generator], Array]
+WeightScore = Callable[[WeightFigures], Array]
 UnitScore = Callable[[UnitFigures, np.random.Generator], Array]
 LayerScore = Callable[[LayerFigures, np.random.Generator], float]
 
@@ -30,11 +30,14 @@ class Method:
         name: What ``--method`` takes.
         summary: One line for ``rnnprune methods``.
         paper: Where it comes from.
-        weight: ``(weight, generator) → scores`` of the weight's shape, float32 or float64, ≥ 0.
+        weight: ``figures → scores`` of the weight's shape, float32 or float64, ≥ 0; a new array.
         unit: ``(figures, generator) → scores`` like :attr:`UnitFigures.outgoing`, ≥ 0; those of
             units that go together are one.
         layer: ``(figures, generator) → score`` of a whole layer, ≥ 0.
         needs_data: Whether it scores by what data make of the model.
+        needs_gradients: Whether it asks for :attr:`WeightFigures.gradients`.
+        in_loss: Whether scores of weights are in units of the loss, the same for all gates.
+        rounds: In how many steps weights go, each scored and refitted after those before it.
     """
 
     name: str
@@ -44,10 +47,13 @@ class Method:
     unit: UnitScore | None = None
     layer: LayerScore | None = None
     needs_data: bool = False
+    needs_gradients: bool = False
+    in_loss: bool = False
+    rounds: int = 1
 
     @property
-    def granularities(self) -> tuple[str, ...]:
-        """What it can score."""
+    def scores(self) -> tuple[str, ...]:
+        """What it can score: ``weight`` (singly, in blocks and banks), ``unit``, ``layer``."""
         scored = {"weight": self.weight, "unit": self.unit, "layer": self.layer}
         return tuple(name for name, score in scored.items() if score is not None)
 

@@ -1,4 +1,4 @@
-"""Activation: what a unit makes of real data, times how much is read from it."""
+"""Activation: how large what a weight or a unit contributes is on real data."""
 
 from __future__ import annotations
 
@@ -6,7 +6,18 @@ import numpy as np
 
 from rnnprune_cli.errors import UsageError
 from rnnprune_cli.methods import Method, register
-from rnnprune_cli.model import Array, UnitFigures
+from rnnprune_cli.model import Array, UnitFigures, WeightFigures
+
+
+def weights(figures: WeightFigures) -> Array:
+    """Scores ``|w| · ‖v‖``, v being what it multiplies, input or state (Sun et al. 2023, eq. 1).
+
+    Raises:
+        UsageError: Without data.
+    """
+    if figures.reads is None:
+        raise UsageError("method 'activation' needs data", "give --data or --calibration")
+    return np.asarray(np.abs(figures.values) * np.sqrt(figures.reads))
 
 
 def units(figures: UnitFigures, generator: np.random.Generator) -> Array:
@@ -26,9 +37,10 @@ def units(figures: UnitFigures, generator: np.random.Generator) -> Array:
 register(
     Method(
         "activation",
-        "variance of a unit on data times the norm of the weights that read it",
-        "Mariet & Sra 2016, Diversity Networks, arXiv:1511.05077",
-        unit=units,
+        "weight times the norm of what it multiplies on data; variance of a unit times its readers",
+        "Sun et al. 2023, Wanda, arXiv:2306.11695; Mariet & Sra 2016, arXiv:1511.05077",
+        weights,
+        units,
         needs_data=True,
     )
 )

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from rnnprune_cli.methods import Method, register
-from rnnprune_cli.model import Array, LayerFigures, UnitFigures, Weight
+from rnnprune_cli.model import Array, LayerFigures, UnitFigures, WeightFigures
 
 
-def weights(weight: Weight, generator: np.random.Generator) -> Array:
+def weights(figures: WeightFigures) -> Array:
     """Scores ``|w|`` (Han et al. 2015, section 3.1; See et al. 2016 for recurrent models)."""
-    values = weight.read()
+    values = figures.values
     if values.dtype.itemsize < 4:
         values = values.astype(np.float32)
     return np.abs(values)

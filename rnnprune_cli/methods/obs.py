@@ -1,4 +1,4 @@
-"""Optimal Brain Surgeon for units and layers: the error that is left after the best repair."""
+"""Optimal Brain Surgeon: the error that is left after the best repair."""
 
 from __future__ import annotations
 
@@ -6,12 +6,29 @@ import numpy as np
 
 from rnnprune_cli.errors import UsageError
 from rnnprune_cli.methods import Method, register
-from rnnprune_cli.model import Array, LayerFigures, Read, UnitFigures
+from rnnprune_cli.model import Array, LayerFigures, Read, UnitFigures, WeightFigures
 
 DAMPING = 1e-4
 """Added to the diagonal of a covariance, times its mean."""
 ROUNDS = 256
 """Above so many units, several go at once."""
+
+
+def weights(figures: WeightFigures) -> Array:
+    """Scores the root of the least error that losing a weight adds to its row.
+
+    ``w_i² / [H⁻¹]_ii``, H being that of what is left of the row, and w refitted to it (Hassibi &
+    Stork 1993, equation 5). Several weights go at once, in a few rounds. Where the inverses would
+    take too long in early rounds, H's diagonal stands for it (OBD, LeCun et al. 1989; Wanda).
+
+    Raises:
+        UsageError: Without data.
+    """
+    if figures.reads is None:
+        raise UsageError("method 'obs' needs data", "give --data or --calibration")
+    if figures.inverse is None:
+        return np.asarray(np.abs(figures.values) * np.sqrt(figures.reads))
+    return np.asarray(np.abs(figures.values) / np.sqrt(figures.inverse))
 
 
 def units(figures: UnitFigures, generator: np.random.Generator) -> Array:
@@ -98,8 +115,10 @@ register(
         "obs",
         "error that is left after the best repair (Optimal Brain Surgeon)",
         "Hassibi & Stork 1993, Second Order Derivatives for Network Pruning, NeurIPS 5",
-        unit=units,
-        layer=layer,
+        weights,
+        units,
+        layer,
         needs_data=True,
+        rounds=4,
     )
 )

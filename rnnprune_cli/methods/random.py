@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from rnnprune_cli.methods import Method, register
-from rnnprune_cli.model import Array, LayerFigures, UnitFigures, Weight
+from rnnprune_cli.model import Array, LayerFigures, UnitFigures, WeightFigures
 
 
-def weights(weight: Weight, generator: np.random.Generator) -> Array:
+def weights(figures: WeightFigures) -> Array:
     """Scores uniform random numbers in [0, 1) (the control of Blalock et al. 2020)."""
-    return generator.random(weight.shape, dtype=np.float32)
+    return figures.generator.random(figures.weight.shape, dtype=np.float32)
 
 
 def units(figures: UnitFigures, generator: np.random.Generator) -> Array:
@@ -31,5 +31,6 @@ register(
         weights,
         units,
         layer,
+        in_loss=True,
     )
 )

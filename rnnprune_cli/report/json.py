@@ -86,7 +86,7 @@ def methods_document(
                 "name": m.name,
                 "summary": m.summary,
                 "paper": m.paper,
-                "granularities": list(m.granularities),
+                "granularities": list(m.scores),
                 "needs_data": m.needs_data,
             }
             for m in methods

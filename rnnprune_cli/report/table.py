@@ -128,7 +128,7 @@ def _layers(report: Report) -> Table:
 
 
 def _repairs(repairs: Sequence[Repair]) -> Table:
-    columns = ("what read removed units", "repaired on", "left unexplained", "")
+    columns = ("repaired", "on", "left unexplained", "")
     table = _table(*columns, right=(1, 2))
     for row in repairs:
         table.add_row(
@@ -241,7 +241,7 @@ def methods_table(
     """Returns every method, granularity, scope and export form."""
     criteria = _table("--method", "--granularity", "what it scores", "paper")
     for m in methods:
-        criteria.add_row(m.name, ", ".join(m.granularities), m.summary, m.paper)
+        criteria.add_row(m.name, ", ".join(m.scores), m.summary, m.paper)
     together = _table("--granularity", "what is removed together")
     for name, summary in granularities.items():
         together.add_row(name, summary)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
+from rnnprune_cli.calibrate import prepared
 from rnnprune_cli.compensate import Moments
 from rnnprune_cli.model import GATES, LayerFigures, RecurrentLayer, Repair
 from rnnprune_cli.rewrite.layers import LinearMap, bypass, imitate, obstacle
@@ -15,7 +16,6 @@ from rnnprune_cli.shrink.task import (
     Task,
     method_of,
     nothing_removed,
-    prepared,
     verified,
 )
 

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import gc
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import common
 
-from rnnprune_cli import shapes
-from rnnprune_cli.calibrate import Batch, expose, run_batches
+from rnnprune_cli.calibrate import Batch, expose, prepared, run_batches, size_of, told
 from rnnprune_cli.coupling import Coupling
 from rnnprune_cli.data import Dataset
 from rnnprune_cli.errors import RnnpruneError, UsageError
-from rnnprune_cli.find import find, locate
+from rnnprune_cli.find import find
 from rnnprune_cli.graph import Walker
 from rnnprune_cli.methods import Method
 from rnnprune_cli.methods import method as find_method
@@ -34,9 +31,7 @@ from rnnprune_cli.model import (
     Stage,
 )
 from rnnprune_cli.onnx_model import OnnxModel
-from rnnprune_cli.rewrite.branches import settle
 from rnnprune_cli.rewrite.build import MIN_IR_INITIALIZERS
-from rnnprune_cli.runtime import first_line
 from rnnprune_cli.verify import RELATIVE_TOLERANCE, verify_runs, verify_same
 
 PREPARED = "with nothing removed, the model computes what the original computes"
@@ -139,42 +134,7 @@ class Task:
         runner = self.opened(graph, "watched").open(self.threads)
         wanted = list(dict.fromkeys(names.values()))
         running = run_batches(runner, wanted, self.calibration, states)
-        return names, self._told(running, self.calibration.count)
-
-    def _told(self, batches: Iterator[Batch], count: int) -> Iterator[Batch]:
-        """Tells how far the run through the data is, and how long it will take."""
-        begin, done, told = time.perf_counter(), 0, 0.0
-        self.progress(f"running {count} samples to see what units do")
-        for batch in batches:
-            yield batch
-            done += batch.samples
-            elapsed = time.perf_counter() - begin
-            if elapsed > told + 1:
-                told, left = elapsed, elapsed / done * (count - done)
-                self.progress(f"sample {done} of {count}, about {left:.0f} s left")
-
-
-def prepared(model: OnnxModel) -> ir.Model:
-    """Reads a model again, as units and layers are removed from it.
-
-    Functions are inlined, Ifs that always go the same way become that branch, and recurrent
-    operators get the names that the model's layers have.
-    """
-    graph = model.fresh()
-    names = [located.name for located in locate(Walker(graph))]
-    if graph.functions:
-        try:
-            common.InlinePass()(graph)
-        except Exception as error:  # onnx-ir raises many unrelated types
-            raise RnnpruneError(
-                f"{model.path}: its functions cannot be inlined: {first_line(error)}",
-                "inline them when exporting (onnx.inliner.inline_local_functions)",
-            ) from error
-    for name, located in zip(names, locate(Walker(graph)), strict=True):
-        located.instance.node.name = name
-    shapes.complete(graph)
-    settle(graph, size_of(model))
-    return graph
+        return names, told(running, self.calibration.count, self.progress)
 
 
 def coupled(model: OnnxModel, allow_inexact: bool = False, resize_state: bool = False) -> Coupling:
@@ -187,11 +147,6 @@ def coupled(model: OnnxModel, allow_inexact: bool = False, resize_state: bool = 
     """
     graph, size = prepared(model), size_of(model)
     return Coupling(graph, find(Walker(graph), size), size, allow_inexact, resize_state)
-
-
-def size_of(model: OnnxModel) -> int:
-    """Returns the size of all files of a model, in bytes."""
-    return sum(file.stat().st_size for file in model.files)
 
 
 def method_of(task: Task) -> Method:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from rnnprune_cli.calibrate import prepared, size_of
 from rnnprune_cli.compensate import Reading, readings, reads, repair, variances, watch
 from rnnprune_cli.coupling import Coupling, Labels
 from rnnprune_cli.coupling.features import unread
@@ -30,8 +31,6 @@ from rnnprune_cli.shrink.task import (
     coupled,
     method_of,
     nothing_removed,
-    prepared,
-    size_of,
     verified,
 )
 from rnnprune_cli.units import choose

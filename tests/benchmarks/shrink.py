@@ -19,7 +19,8 @@ import onnx
 from onnx import helper, numpy_helper
 
 from rnnprune_cli.model import GATES, Report, Stage
-from rnnprune_cli.pipeline import PruneOptions, prune
+from rnnprune_cli.options import PruneOptions
+from rnnprune_cli.pipeline import prune
 
 SAMPLES = Path(__file__).parent.parent.parent / "sample_models"
 MODELS = ("language.onnx", "speech.onnx", "timeseries.onnx", "medicine")
@@ -33,7 +34,7 @@ def pruned(model: Path, stage: Stage, folder: Path, data: bool) -> Report:
     options = PruneOptions(
         model=model,
         output=folder / "out.onnx",
-        stage=stage,
+        stages=(stage,),
         data=test if data else None,
         calibration=calibration if data else None,
         force=True,
@@ -83,7 +84,7 @@ def main() -> None:
             if model.is_dir():  # compared with its conversion, not with TensorFlow
                 stage = Stage("magnitude", "weight", "row", 0.0)
                 converted = folder / f"{name}.onnx"
-                prune(PruneOptions(model, converted, stage), {}, lambda step: None)
+                prune(PruneOptions(model, converted, (stage,)), {}, lambda step: None)
                 model = converted
             rows: dict[str, list[str]] = {"cut only": [], "repaired": [], "latency": [], "size": []}
             dense, title = "", ""

@@ -1,0 +1,401 @@
+"""The stages of a plan, applied to a model one after the other."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rnnprune_cli.data import Dataset, has_nan, load_dataset, made_up_feeds, padded_on_the_right
+from rnnprune_cli.errors import RnnpruneError, UsageError, closest
+from rnnprune_cli.methods import method as find_method
+from rnnprune_cli.model import (
+    Claim,
+    Feed,
+    Gradients,
+    KeptUnits,
+    LoadedModel,
+    RecurrentLayer,
+    Repair,
+    ResizedState,
+    Runner,
+    Stage,
+    StoredWeight,
+)
+from rnnprune_cli.options import STRUCTURES, PruneOptions
+from rnnprune_cli.verify import CONVERSION_TOLERANCE, require, verify_runs
+from rnnprune_cli.weights import WeightTask, prune_weights
+
+if TYPE_CHECKING:
+    from rnnprune_cli.hessians import LayerInputs
+    from rnnprune_cli.onnx_model import OnnxModel
+    from rnnprune_cli.shrink.task import Shrunk
+
+Progress = Callable[[str], None]
+
+VERIFIED_SAMPLES = 4
+_MACS_OF_MADE_UP_FEED = 300_000_000
+"""Made-up sequences are shorter for large models, so that one call stays below a second."""
+
+
+class Inputs:
+    """The original, ready to run, and what it is run on; both are made when first asked for."""
+
+    def __init__(self, options: PruneOptions, source: LoadedModel, base: LoadedModel) -> None:
+        self.options = options
+        self._source = source
+        self._base = base
+
+    @functools.cached_property
+    def original(self) -> Runner:
+        """The model that the user named."""
+        return self._source.open(self.options.threads)
+
+    @functools.cached_property
+    def data(self) -> Dataset | None:
+        """What ``--data`` holds."""
+        path = self.options.data
+        return None if path is None else load_dataset(path, self.original.inputs)
+
+    @functools.cached_property
+    def calibration(self) -> Dataset | None:
+        """What ``--calibration`` holds, or else ``--data``."""
+        path = self.options.calibration
+        return self.data if path is None else load_dataset(path, self.original.inputs)
+
+    @functools.cached_property
+    def feeds(self) -> list[Feed]:
+        """Some samples of the data, or made-up inputs, to compare models on.
+
+        Raises:
+            RnnpruneError: If the original answers the data with NaN.
+        """
+        data = self.data
+        if data is None:
+            macs = sum(layer.macs_per_step for layer in self._base.layers)
+            longest = max(1, _MACS_OF_MADE_UP_FEED // macs)
+            feeds = made_up_feeds(self.original, self.options.seed, longest)
+            return [*map(padded_on_the_right, feeds)] if self.options.right_padding else feeds
+        bounds = list(data.batches(VERIFIED_SAMPLES))[: VERIFIED_SAMPLES if data.single else 1]
+        found: list[Feed] = [data.feed(start, stop) for start, stop in bounds]
+        for feed in found:
+            self.original.reset()
+            if any(has_nan(output) for output in self.original.run(feed)):
+                raise RnnpruneError(
+                    "the original model answers the data with NaN, so nothing can be compared",
+                    "check the data against what the model was trained on",
+                )
+        return found
+
+    def converted(self) -> list[Claim]:
+        """Holds a converted model against the original."""
+        if self._base.format == self._source.format:
+            return []
+        return [
+            verify_runs(
+                "the converted ONNX model computes what the original computes",
+                self.original,
+                self._base.open(self.options.threads),
+                self.feeds,
+                [o.name for o in self.original.outputs],
+                self.data is None,
+                CONVERSION_TOLERANCE,
+            )
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class Applied:
+    """What stages made of a model.
+
+    Attributes:
+        model: The model without the units and layers that went.
+        pruned: Weight name → what becomes of it.
+        claims: What was verified on the way.
+        blocked: Layer name → why it was not pruned, or not all of it.
+        units: The units of each layer that stay.
+        states: States that changed their public shape.
+        repairs: How well what is gone is made up for.
+        warnings: What the user should know.
+    """
+
+    model: LoadedModel
+    pruned: Mapping[str, StoredWeight] = field(default_factory=dict)
+    claims: tuple[Claim, ...] = ()
+    blocked: Mapping[str, str] = field(default_factory=dict)
+    units: tuple[KeptUnits, ...] = ()
+    states: tuple[ResizedState, ...] = ()
+    repairs: tuple[Repair, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+class Applier:
+    """Applies stages; what is known about a model is kept for the next time.
+
+    Args:
+        inputs: What to calibrate and to verify on.
+        as_onnx: Makes an ONNX model of one that is none; raises RnnpruneError if it cannot.
+        stack: Keeps temporary files.
+        progress: Called with a short text at the beginning of each step.
+    """
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        as_onnx: Callable[[LoadedModel], LoadedModel],
+        stack: contextlib.ExitStack,
+        progress: Progress,
+    ) -> None:
+        self._inputs = inputs
+        self._as_onnx = as_onnx
+        self._stack = stack
+        self._progress = progress
+        self._options = inputs.options
+        self._watched: dict[tuple[int, tuple[str, ...]], Mapping[str, LayerInputs]] = {}
+        self._derived: dict[tuple[int, tuple[str, ...]], Mapping[str, Gradients]] = {}
+
+    def apply(
+        self, model: LoadedModel, stages: Sequence[Stage], shares: Mapping[str, float] | None = None
+    ) -> Applied:
+        """Applies stages in order.
+
+        Args:
+            model: The model.
+            stages: What to do.
+            shares: Layer name → sparsity, instead of that of the stages.
+        """
+        done = Applied(model)
+        for stage in stages:
+            if stage.granularity in STRUCTURES:
+                done = self._cut(done, stage, shares or {})
+            else:
+                done = self._weights(done, stage, shares or {})
+        return done
+
+    def _cut(self, done: Applied, stage: Stage, shares: Mapping[str, float]) -> Applied:
+        """Removes units or layers; the new model lives as long as the stack."""
+        from rnnprune_cli.onnx_model import OnnxModel
+        from rnnprune_cli.shrink.layers import remove_layers
+        from rnnprune_cli.shrink.task import Task
+        from rnnprune_cli.shrink.units import remove_units
+
+        model = done.model
+        assert isinstance(model, OnnxModel)
+        names = [layer.name for layer in chosen_layers(model.layers, stage)]
+        task = Task(
+            model,
+            stage,
+            names,
+            self._folder(),
+            self._inputs.calibration,
+            self._inputs.feeds,
+            self._inputs.data is None,
+            self._options.seed,
+            self._options.threads,
+            self._progress,
+        )
+        shrunk = remove_units(task) if stage.granularity == "unit" else remove_layers(task)
+        blocked = {
+            layer.name: "not selected" for layer in model.layers if layer.name not in names
+        } | dict(shrunk.blocked)
+        require(shrunk.claims)
+        return dataclasses.replace(
+            done,
+            model=shrunk.model,
+            claims=(*done.claims, *shrunk.claims),
+            blocked=blocked,
+            units=_composed(done.units, shrunk),
+            states=shrunk.states or done.states,
+            repairs=(*done.repairs, *shrunk.repairs),
+            warnings=(*done.warnings, *shrunk.warnings),
+        )
+
+    def _weights(self, done: Applied, stage: Stage, shares: Mapping[str, float]) -> Applied:
+        """Removes single weights."""
+        chosen = chosen_layers(done.model.layers, stage)
+        method = find_method(stage.method)
+        inputs: Mapping[str, LayerInputs] = {}
+        gradients: Mapping[str, Gradients] = {}
+        warnings = list(done.warnings)
+        if method.needs_data and self._inputs.calibration is None:
+            raise UsageError(
+                f"method '{method.name}' scores what data make of a model",
+                "give --data, or --calibration",
+            )
+        if self._inputs.calibration is not None and (stage.compensate or method.needs_data):
+            try:
+                inputs = self._layer_inputs(done.model, chosen)
+                if method.needs_gradients:
+                    gradients = self._gradients(done.model, chosen)
+            except RnnpruneError as error:
+                if method.needs_data:
+                    raise
+                warnings.append(f"nothing was refitted: {error.message}")
+        task = WeightTask(
+            done.model.layers,
+            chosen,
+            stage,
+            self._options.seed,
+            self._progress,
+            done.pruned,
+            inputs,
+            gradients,
+            shares,
+        )
+        result = prune_weights(task)
+        return dataclasses.replace(
+            done,
+            pruned={**done.pruned, **result.pruned},
+            blocked={**result.blocked, **done.blocked},
+            repairs=(*done.repairs, *result.repairs),
+            warnings=tuple(warnings),
+        )
+
+    def _layer_inputs(
+        self, model: LoadedModel, layers: Sequence[RecurrentLayer]
+    ) -> Mapping[str, LayerInputs]:
+        """Returns what layers read on the calibration data, by their names."""
+        from rnnprune_cli.hessians import layer_inputs
+
+        key = (id(model), tuple(layer.name for layer in layers))
+        if key not in self._watched:
+            assert self._inputs.calibration is not None
+            onnx, places = self._in_onnx(model, layers)
+            own = list(dict.fromkeys(layer for layer, _ in places.values()))
+            found = layer_inputs(
+                onnx,
+                own,
+                self._inputs.calibration,
+                self._folder(),
+                self._options.threads,
+                self._progress,
+            )
+            self._watched[key] = {
+                name: found[layer.name]
+                if direction is None
+                else found[layer.name].of_direction(direction)
+                for name, (layer, direction) in places.items()
+            }
+        return self._watched[key]
+
+    def _gradients(
+        self, model: LoadedModel, layers: Sequence[RecurrentLayer]
+    ) -> Mapping[str, Gradients]:
+        """Returns the gradients of a loss on the calibration data, by the weights' names."""
+        from rnnprune_cli.trainer.gradient import saliencies
+
+        key = (id(model), tuple(layer.name for layer in layers))
+        if key not in self._derived:
+            assert self._inputs.calibration is not None
+            onnx, places = self._in_onnx(model, layers)
+            own = list(dict.fromkeys(layer.name for layer, _ in places.values()))
+            found = saliencies(
+                onnx,
+                self._inputs.calibration,
+                own,
+                seed=self._options.seed,
+                threads=self._options.threads,
+                progress=self._progress,
+            )
+            derived = {}
+            for layer in layers:
+                there, direction = places[layer.name]
+                for weight, other in zip(layer.weights, there.weights, strict=True):
+                    both = found[other.name]
+                    if direction is not None:
+                        part = slice(direction, direction + 1)
+                        both = Gradients(both.mean[part], both.square[part])
+                    derived[weight.name] = both
+            self._derived[key] = derived
+        return self._derived[key]
+
+    def _in_onnx(
+        self, model: LoadedModel, layers: Sequence[RecurrentLayer]
+    ) -> tuple[OnnxModel, dict[str, tuple[RecurrentLayer, int | None]]]:
+        """Finds layers in the model as ONNX, by the values of their weights.
+
+        Returns:
+            The ONNX model, and name → layer of it, and which of its directions (None: all).
+
+        Raises:
+            RnnpruneError: If the model does not convert, or a layer is not found in it.
+        """
+        from rnnprune_cli.onnx_model import OnnxModel
+
+        if isinstance(model, OnnxModel):
+            return model, {layer.name: (layer, None) for layer in layers}
+        onnx = self._as_onnx(model)
+        assert isinstance(onnx, OnnxModel)
+        places = {
+            _digest(layer, d): (layer, d) for layer in onnx.layers for d in range(layer.w.shape[0])
+        }
+        found: dict[str, tuple[RecurrentLayer, int | None]] = {}
+        for layer in layers:
+            place = places.get(_digest(layer, 0))
+            if place is None:
+                raise RnnpruneError(
+                    f"layer '{layer.name}' is not found in the model as ONNX, where it would be"
+                    " watched on data",
+                    "convert it with -o NAME.onnx, or take --method magnitude --no-compensate",
+                )
+            found[layer.name] = place
+        return onnx, found
+
+    def _folder(self) -> Path:
+        """Returns a new folder that lives as long as the stack."""
+        return Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="rnnprune-")))
+
+
+def _digest(layer: RecurrentLayer, direction: int) -> bytes:
+    """Identifies one direction of a layer by its weights."""
+    digest = hashlib.sha256()
+    for weight in layer.weights:
+        digest.update(np.ascontiguousarray(weight.read()[direction], np.float32).tobytes())
+    return digest.digest()
+
+
+def _composed(before: Sequence[KeptUnits], shrunk: Shrunk) -> tuple[KeptUnits, ...]:
+    """Returns which of the original units stay, if some had gone already."""
+    earlier = {layer.layer: layer.kept for layer in before}
+    return tuple(
+        KeptUnits(
+            layer.layer,
+            tuple(
+                tuple(old[k] for k in row)
+                for old, row in zip(earlier[layer.layer], layer.kept, strict=True)
+            ),
+        )
+        if layer.layer in earlier
+        else layer
+        for layer in shrunk.units
+    )
+
+
+def chosen_layers(layers: Sequence[RecurrentLayer], stage: Stage) -> tuple[RecurrentLayer, ...]:
+    """Returns the layers that ``--layers`` and ``--exclude`` select.
+
+    Raises:
+        UsageError: If a pattern matches no layer, or none is left.
+    """
+    names = [layer.name for layer in layers]
+    for pattern in (*stage.layers, *stage.exclude):
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise UsageError(f"no layer matches '{pattern}'", closest(pattern, names))
+    chosen = tuple(
+        layer
+        for layer in layers
+        if (not stage.layers or any(fnmatchcase(layer.name, p) for p in stage.layers))
+        and not any(fnmatchcase(layer.name, p) for p in stage.exclude)
+    )
+    if not chosen:
+        raise UsageError("--exclude leaves no layer to prune", f"layers: {', '.join(names)}")
+    return chosen
