@@ -103,7 +103,12 @@ class _Group:
 
 
 def choose(
-    coupling: Coupling, scores: Array, names: Iterable[str], sparsity: float, scope: str
+    coupling: Coupling,
+    scores: Array,
+    names: Iterable[str],
+    sparsity: float,
+    scope: str,
+    shares: Mapping[str, float] | None = None,
 ) -> Chosen:
     """Chooses the units that go.
 
@@ -113,6 +118,7 @@ def choose(
         names: The layers that may lose units.
         sparsity: Share of their units to remove, 0 ≤ s < 1.
         scope: A key of :data:`rnnprune_cli.select.UNIT_SCOPES`.
+        shares: Layer name → sparsity, where it is another; of layers that go together the least.
 
     Returns:
         The choice; every layer keeps at least one unit in each direction.
@@ -120,6 +126,7 @@ def choose(
     root = coupling.classes.of(np.arange(len(coupling.classes)))
     allowed, blocked = _allowed(coupling, root, set(names))
     groups = _groups(coupling, root, allowed, scores)
+    own = {layer.name: (shares or {}).get(layer.name, sparsity) for layer in coupling.layers}
     gone: set[int] = set()
     if scope == "global":
         # Units that are blocked do not make the others go in their place.
@@ -128,11 +135,21 @@ def choose(
             gone |= group.remove(share)[0]
     else:
         for group in groups:
-            gone |= group.remove(sparsity)[0]
+            members = np.concatenate(group.rows)
+            gone |= group.remove(
+                min(
+                    (
+                        own[layer.name]
+                        for layer in coupling.layers
+                        if np.isin(root[layer.labels], members).any()
+                    ),
+                    default=sparsity,
+                )
+            )[0]
     removed = np.isin(root, np.fromiter(gone, np.int64, len(gone)))
     held = dict(blocked)
     for layer in coupling.layers:
-        wanted = layer.name in set(names) and round(sparsity * layer.labels.shape[1]) > 0
+        wanted = layer.name in set(names) and round(own[layer.name] * layer.labels.shape[1]) > 0
         if wanted and scope == "layer" and not removed[layer.labels].any():
             blocked.setdefault(layer.name, _held_back(coupling, root, layer, groups, held))
     return Chosen(removed, blocked)

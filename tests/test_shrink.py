@@ -193,7 +193,7 @@ def test_report_says_what_was_done(shrink, tmp_path):
     console = Console(width=200, file=io.StringIO())
     console.print(report_table(report))
     text = console.file.getvalue()
-    assert "8 → 4" in text and "what read removed units" in text and "400 samples" in text
+    assert "8 → 4" in text and "left unexplained" in text and "400 samples" in text
 
 
 def test_the_repair_brings_outputs_nearer_to_the_original(shrink, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from rnnprune_cli.errors import RnnpruneError
 from rnnprune_cli.find import find
 from rnnprune_cli.graph import Walker
 from rnnprune_cli.model import (
+    Array,
     BoolArray,
     Claim,
     KeptUnits,
@@ -44,26 +46,34 @@ _NORMS = (1, 2, 7)
 """Inputs of recurrent operators that count as weights of a unit: W, R and P."""
 
 
-def remove_units(task: Task) -> Shrunk:
-    """Removes hidden units and repairs what reads them.
+@dataclass(frozen=True, eq=False)
+class Units:
+    """What is known about the units of a model, whatever share of them is to go.
 
-    1. Find what goes with each unit; watch what is read of units on real data.
-    2. Score and choose.
-    3. Work out the repair.
-    4. Write the model that has all sizes and new weights, and the one that is cut.
-    5. Hold them against each other.
+    Attributes:
+        coupling: What goes with each unit.
+        found: What is read of units on real data; empty without.
+        scores: Of each unit.
+    """
+
+    coupling: Coupling
+    found: list[Reading]
+    scores: Array
+
+
+def look_at_units(task: Task) -> Units:
+    """Finds what goes with each unit, watches what is read of units on real data, and scores.
 
     Raises:
-        RnnpruneError: If no unit could be removed.
+        RnnpruneError: If the data cannot be watched although the criterion needs them.
         UsageError: If the criterion needs data and there are none.
     """
-    model, stage = task.model, task.stage
     method = method_of(task)
     assert method.unit is not None  # the options were checked
     task.progress("finding what goes with each unit")
     coupling = task.coupled()
     found: list[Reading] = []
-    if task.calibration is not None and (stage.compensate or method.needs_data):
+    if task.calibration is not None and (task.stage.compensate or method.needs_data):
         found = readings(coupling)
         values = [v for r in found for v in (r.source, *r.extra) if v is not None]
         watch(found, *task.batches(coupling.model, values, _paired(coupling)))
@@ -75,10 +85,36 @@ def remove_units(task: Task) -> Shrunk:
             )
     task.progress("scoring units")
     scores = method.unit(_figures(coupling, found), np.random.default_rng(task.seed))
+    return Units(coupling, found, scores)
+
+
+def remove_units(
+    task: Task, shares: Mapping[str, float] | None = None, known: Units | None = None
+) -> Shrunk:
+    """Removes hidden units and repairs what reads them.
+
+    1. Find what goes with each unit; watch what is read of units on real data; score.
+    2. Choose.
+    3. Work out the repair.
+    4. Write the model that has all sizes and new weights, and the one that is cut.
+    5. Hold them against each other.
+
+    Args:
+        task: The task.
+        shares: Layer name → sparsity, where it is not that of the stage.
+        known: Result of :func:`look_at_units`, if there is one.
+
+    Raises:
+        RnnpruneError: If no unit could be removed.
+        UsageError: If the criterion needs data and there are none.
+    """
+    model, stage = task.model, task.stage
+    units = known or look_at_units(task)
+    coupling, found = units.coupling, units.found
     root = coupling.classes.of(np.arange(len(coupling.classes)))
-    chosen = choose(coupling, scores[root], task.names, stage.sparsity, stage.scope)
+    chosen = choose(coupling, units.scores[root], task.names, stage.sparsity, stage.scope, shares)
     removed = chosen.removed
-    if stage.sparsity > 0 and not removed.any():
+    if not removed.any() and (stage.sparsity > 0 or any((shares or {}).values())):
         raise nothing_removed(model, chosen.blocked, stage)
     folds: Folds = {}
     repairs: list[Repair] = []
@@ -87,13 +123,13 @@ def remove_units(task: Task) -> Shrunk:
         folds, repairs = repair(coupling, found, removed)
     blocked = _blocked(model, coupling, chosen.blocked)
     warnings = _warnings(coupling, removed, task, repairs)
-    units = tuple(
+    kept = tuple(
         KeptUnits(x.name, tuple(_places(~removed[row]) for row in x.labels))
         for x in coupling.layers
     )
     states, resized = _states(coupling, removed) if stage.resize_state else ((), {})
     paired = _paired(coupling)
-    del coupling, found, scores  # a large model must not be in memory more often than need be
+    del coupling, found, units  # a large model must not be in memory more often than need be
     task.progress("cutting")
     masked = task.changed("masked", lambda c: mask(c, removed, folds, stage.resize_state), resized)
     result = task.changed(
@@ -108,7 +144,7 @@ def remove_units(task: Task) -> Shrunk:
     return Shrunk(
         result,
         (*claims, *more),
-        units,
+        kept,
         states,
         tuple(repairs),
         blocked,
