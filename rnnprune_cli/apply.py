@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,12 +18,15 @@ import numpy as np
 from rnnprune_cli.data import Dataset, has_nan, load_dataset, made_up_feeds, padded_on_the_right
 from rnnprune_cli.errors import RnnpruneError, UsageError, closest
 from rnnprune_cli.methods import method as find_method
+from rnnprune_cli.metrics import LABEL_FREE, Quality, parse_metrics
 from rnnprune_cli.model import (
     Claim,
     Feed,
     Gradients,
     KeptUnits,
+    Layer,
     LoadedModel,
+    OtherLayer,
     RecurrentLayer,
     Repair,
     ResizedState,
@@ -33,12 +36,14 @@ from rnnprune_cli.model import (
 )
 from rnnprune_cli.options import STRUCTURES, PruneOptions
 from rnnprune_cli.verify import CONVERSION_TOLERANCE, require, verify_runs
-from rnnprune_cli.weights import WeightTask, prune_weights
+from rnnprune_cli.weights import PrunedWeights, WeightTask, prune_weights
 
 if TYPE_CHECKING:
+    from rnnprune_cli.embeddings import Unused
     from rnnprune_cli.hessians import LayerInputs
     from rnnprune_cli.onnx_model import OnnxModel
     from rnnprune_cli.shrink.task import Shrunk
+    from rnnprune_cli.shrink.units import Units
 
 Progress = Callable[[str], None]
 
@@ -54,6 +59,7 @@ class Inputs:
         self.options = options
         self._source = source
         self._base = base
+        self._qualities: dict[int, Quality | None] = {}
 
     @functools.cached_property
     def original(self) -> Runner:
@@ -96,6 +102,39 @@ class Inputs:
                 )
         return found
 
+    def quality(self, data: Dataset) -> Quality | None:
+        """Measures models on a data set; one for each data set.
+
+        Without labels, states that callers hand in and get back are left out: what goes of them is
+        a loss to nobody by itself, and their size may change.
+
+        Returns:
+            None if there is nothing to measure.
+        """
+        if id(data) not in self._qualities:
+            asked = parse_metrics([self.options.metric])
+            numbers = {o.name for o in self.original.outputs if o.dtype.kind in "fiub"}
+            states: frozenset[str] = frozenset()
+            if not data.targets:
+                asked = {output: name for output, name in asked.items() if name in LABEL_FREE}
+                states = self._states
+            measured = data.targets or asked or numbers - states
+            self._qualities[id(data)] = (
+                Quality(self.original, data, asked, states) if measured else None
+            )
+        return self._qualities[id(data)]
+
+    @functools.cached_property
+    def _states(self) -> frozenset[str]:
+        """Outputs that hand back states."""
+        from rnnprune_cli.onnx_model import OnnxModel
+        from rnnprune_cli.shrink.task import coupled
+
+        if not isinstance(self._base, OnnxModel):
+            return frozenset()
+        states = coupled(self._base).states
+        return frozenset(s.output.name or "" for s in states if s.input is not None)
+
     def converted(self) -> list[Claim]:
         """Holds a converted model against the original."""
         if self._base.format == self._source.format:
@@ -126,6 +165,7 @@ class Applied:
         states: States that changed their public shape.
         repairs: How well what is gone is made up for.
         warnings: What the user should know.
+        others: Dense layers and embeddings that were pruned, too, of ``model``.
     """
 
     model: LoadedModel
@@ -136,6 +176,7 @@ class Applied:
     states: tuple[ResizedState, ...] = ()
     repairs: tuple[Repair, ...] = ()
     warnings: tuple[str, ...] = ()
+    others: tuple[OtherLayer, ...] = ()
 
 
 class Applier:
@@ -146,7 +187,12 @@ class Applier:
         as_onnx: Makes an ONNX model of one that is none; raises RnnpruneError if it cannot.
         stack: Keeps temporary files.
         progress: Called with a short text at the beginning of each step.
+
+    Attributes:
+        keep: Whether what is known about units is kept, too; it takes a model's worth of memory.
     """
+
+    keep = False
 
     def __init__(
         self,
@@ -160,33 +206,52 @@ class Applier:
         self._stack = stack
         self._progress = progress
         self._options = inputs.options
+        self._models: list[LoadedModel] = []
+        self._units: dict[tuple[int, str], Units] = {}
         self._watched: dict[tuple[int, tuple[str, ...]], Mapping[str, LayerInputs]] = {}
         self._derived: dict[tuple[int, tuple[str, ...]], Mapping[str, Gradients]] = {}
+        self._unused: dict[tuple[int, tuple[str, ...]], Unused] = {}
 
-    def apply(
-        self, model: LoadedModel, stages: Sequence[Stage], shares: Mapping[str, float] | None = None
-    ) -> Applied:
-        """Applies stages in order.
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[None]:
+        """Lets the files of what is applied inside live no longer than the block."""
+        own = self._stack
+        with contextlib.ExitStack() as stack:
+            self._stack = stack
+            try:
+                yield
+            finally:
+                self._stack = own
 
-        Args:
-            model: The model.
-            stages: What to do.
-            shares: Layer name → sparsity, instead of that of the stages.
-        """
+    def apply(self, model: LoadedModel, stages: Sequence[Stage]) -> Applied:
+        """Applies stages in order."""
         done = Applied(model)
         for stage in stages:
-            if stage.granularity in STRUCTURES:
-                done = self._cut(done, stage, shares or {})
-            else:
-                done = self._weights(done, stage, shares or {})
+            done = self.add(done, stage)
         return done
 
-    def _cut(self, done: Applied, stage: Stage, shares: Mapping[str, float]) -> Applied:
+    def add(self, done: Applied, stage: Stage) -> Applied:
+        """Applies one more stage."""
+        names = [layer.name for layer in done.model.layers]
+        for name in stage.shares:
+            if name not in names:
+                raise UsageError(f"there is no layer '{name}'", closest(name, names))
+        if stage.granularity in STRUCTURES:
+            return self._cut(done, stage)
+        return self._weights(done, stage)
+
+    def _number(self, model: LoadedModel) -> int:
+        """Returns a number by which a model is known from now on."""
+        if not any(known is model for known in self._models):
+            self._models.append(model)
+        return next(k for k, known in enumerate(self._models) if known is model)
+
+    def _cut(self, done: Applied, stage: Stage) -> Applied:
         """Removes units or layers; the new model lives as long as the stack."""
         from rnnprune_cli.onnx_model import OnnxModel
         from rnnprune_cli.shrink.layers import remove_layers
         from rnnprune_cli.shrink.task import Task
-        from rnnprune_cli.shrink.units import remove_units
+        from rnnprune_cli.shrink.units import look_at_units, remove_units
 
         model = done.model
         assert isinstance(model, OnnxModel)
@@ -203,7 +268,16 @@ class Applier:
             self._options.threads,
             self._progress,
         )
-        shrunk = remove_units(task) if stage.granularity == "unit" else remove_layers(task)
+        if stage.granularity == "layer":
+            shrunk = remove_layers(task)
+        elif self.keep:
+            same = repr(dataclasses.replace(stage, sparsity=0.0, shares={}))
+            key = (self._number(model), same)
+            if key not in self._units:
+                self._units[key] = look_at_units(task)
+            shrunk = remove_units(task, self._units[key])
+        else:
+            shrunk = remove_units(task)
         blocked = {
             layer.name: "not selected" for layer in model.layers if layer.name not in names
         } | dict(shrunk.blocked)
@@ -219,9 +293,14 @@ class Applier:
             warnings=(*done.warnings, *shrunk.warnings),
         )
 
-    def _weights(self, done: Applied, stage: Stage, shares: Mapping[str, float]) -> Applied:
+    def _weights(self, done: Applied, stage: Stage) -> Applied:
         """Removes single weights."""
-        chosen = chosen_layers(done.model.layers, stage)
+        recurrent = chosen_layers(done.model.layers, stage)
+        others = included(done.model, stage)
+        if not recurrent and not others:
+            raise UsageError("--exclude leaves no layer to prune", "leave out one of its patterns")
+        dense = tuple(layer for layer in others if layer.kind == "dense")
+        chosen: tuple[Layer, ...] = (*recurrent, *dense)
         method = find_method(stage.method)
         inputs: Mapping[str, LayerInputs] = {}
         gradients: Mapping[str, Gradients] = {}
@@ -231,17 +310,22 @@ class Applier:
                 f"method '{method.name}' scores what data make of a model",
                 "give --data, or --calibration",
             )
+        if method.needs_gradients and dense:
+            raise UsageError(
+                f"method '{method.name}' scores recurrent layers only, not '{dense[0].name}'",
+                "take --method obs or activation with --include, or a stage for each",
+            )
         if self._inputs.calibration is not None and (stage.compensate or method.needs_data):
             try:
                 inputs = self._layer_inputs(done.model, chosen)
                 if method.needs_gradients:
-                    gradients = self._gradients(done.model, chosen)
+                    gradients = self._gradients(done.model, recurrent)
             except RnnpruneError as error:
                 if method.needs_data:
                     raise
                 warnings.append(f"nothing was refitted: {error.message}")
         task = WeightTask(
-            done.model.layers,
+            (*done.model.layers, *dense, *_sharing(done.model, dense)),
             chosen,
             stage,
             self._options.seed,
@@ -249,24 +333,53 @@ class Applier:
             done.pruned,
             inputs,
             gradients,
-            shares,
         )
-        result = prune_weights(task)
-        return dataclasses.replace(
+        result = prune_weights(task) if chosen else PrunedWeights({}, {})
+        done = dataclasses.replace(
             done,
             pruned={**done.pruned, **result.pruned},
             blocked={**result.blocked, **done.blocked},
             repairs=(*done.repairs, *result.repairs),
             warnings=tuple(warnings),
+            others=tuple(dict.fromkeys((*done.others, *others))),
+        )
+        embeddings = [layer for layer in others if layer.kind == "embedding"]
+        return self._without_unused(done, embeddings) if embeddings else done
+
+    def _without_unused(self, done: Applied, layers: Sequence[OtherLayer]) -> Applied:
+        """Removes entries of embeddings that the data never use."""
+        from rnnprune_cli.embeddings import remove_unused
+        from rnnprune_cli.onnx_model import OnnxModel
+
+        model, data = done.model, self._inputs.calibration
+        assert isinstance(model, OnnxModel)  # others have no such layers
+        if data is None:
+            raise UsageError(
+                f"which entries of '{layers[0].name}' are used is seen on data",
+                "give --data or --calibration, or leave embeddings out of --include",
+            )
+        key = (self._number(model), tuple(layer.name for layer in layers))
+        if key not in self._unused:
+            self._unused[key] = remove_unused(
+                model, layers, data, self._folder(), self._options.threads, self._progress
+            )
+        found = self._unused[key]
+        require(found.claims)
+        return dataclasses.replace(
+            done,
+            pruned={**done.pruned, **found.pruned},
+            blocked={**done.blocked, **found.blocked},
+            claims=(*done.claims, *found.claims),
+            warnings=tuple(dict.fromkeys((*done.warnings, *found.warnings))),
         )
 
     def _layer_inputs(
-        self, model: LoadedModel, layers: Sequence[RecurrentLayer]
+        self, model: LoadedModel, layers: Sequence[Layer]
     ) -> Mapping[str, LayerInputs]:
         """Returns what layers read on the calibration data, by their names."""
         from rnnprune_cli.hessians import layer_inputs
 
-        key = (id(model), tuple(layer.name for layer in layers))
+        key = (self._number(model), tuple(layer.name for layer in layers))
         if key not in self._watched:
             assert self._inputs.calibration is not None
             onnx, places = self._in_onnx(model, layers)
@@ -293,7 +406,7 @@ class Applier:
         """Returns the gradients of a loss on the calibration data, by the weights' names."""
         from rnnprune_cli.trainer.gradient import saliencies
 
-        key = (id(model), tuple(layer.name for layer in layers))
+        key = (self._number(model), tuple(layer.name for layer in layers))
         if key not in self._derived:
             assert self._inputs.calibration is not None
             onnx, places = self._in_onnx(model, layers)
@@ -319,8 +432,8 @@ class Applier:
         return self._derived[key]
 
     def _in_onnx(
-        self, model: LoadedModel, layers: Sequence[RecurrentLayer]
-    ) -> tuple[OnnxModel, dict[str, tuple[RecurrentLayer, int | None]]]:
+        self, model: LoadedModel, layers: Sequence[Layer]
+    ) -> tuple[OnnxModel, dict[str, tuple[Layer, int | None]]]:
         """Finds layers in the model as ONNX, by the values of their weights.
 
         Returns:
@@ -338,7 +451,7 @@ class Applier:
         places = {
             _digest(layer, d): (layer, d) for layer in onnx.layers for d in range(layer.w.shape[0])
         }
-        found: dict[str, tuple[RecurrentLayer, int | None]] = {}
+        found: dict[str, tuple[Layer, int | None]] = {}
         for layer in layers:
             place = places.get(_digest(layer, 0))
             if place is None:
@@ -355,7 +468,7 @@ class Applier:
         return Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="rnnprune-")))
 
 
-def _digest(layer: RecurrentLayer, direction: int) -> bytes:
+def _digest(layer: Layer, direction: int) -> bytes:
     """Identifies one direction of a layer by its weights."""
     digest = hashlib.sha256()
     for weight in layer.weights:
@@ -381,13 +494,15 @@ def _composed(before: Sequence[KeptUnits], shrunk: Shrunk) -> tuple[KeptUnits, .
 
 
 def chosen_layers(layers: Sequence[RecurrentLayer], stage: Stage) -> tuple[RecurrentLayer, ...]:
-    """Returns the layers that ``--layers`` and ``--exclude`` select.
+    """Returns the recurrent layers that ``--layers`` and ``--exclude`` select.
+
+    With ``--include``, ``--exclude`` may name other layers, or leave only these.
 
     Raises:
         UsageError: If a pattern matches no layer, or none is left.
     """
     names = [layer.name for layer in layers]
-    for pattern in (*stage.layers, *stage.exclude):
+    for pattern in (*stage.layers, *(() if stage.include else stage.exclude)):
         if not any(fnmatchcase(name, pattern) for name in names):
             raise UsageError(f"no layer matches '{pattern}'", closest(pattern, names))
     chosen = tuple(
@@ -396,6 +511,34 @@ def chosen_layers(layers: Sequence[RecurrentLayer], stage: Stage) -> tuple[Recur
         if (not stage.layers or any(fnmatchcase(layer.name, p) for p in stage.layers))
         and not any(fnmatchcase(layer.name, p) for p in stage.exclude)
     )
-    if not chosen:
+    if not chosen and not stage.include:
         raise UsageError("--exclude leaves no layer to prune", f"layers: {', '.join(names)}")
     return chosen
+
+
+def _sharing(model: LoadedModel, chosen: Sequence[OtherLayer]) -> tuple[OtherLayer, ...]:
+    """Returns further layers that read the same weights."""
+    from rnnprune_cli.onnx_model import OnnxModel
+
+    if not chosen or not isinstance(model, OnnxModel):
+        return ()
+    weights = {layer.w for layer in chosen}
+    return tuple(o for o in model.others.layers if o.w in weights and o not in chosen)
+
+
+def included(model: LoadedModel, stage: Stage) -> tuple[OtherLayer, ...]:
+    """Returns the Dense layers and embeddings that ``--include`` and ``--exclude`` select.
+
+    Raises:
+        UsageError: If a pattern matches nothing that can be pruned.
+    """
+    from rnnprune_cli.onnx_model import OnnxModel
+    from rnnprune_cli.others import included_layers
+
+    if not stage.include:
+        return ()
+    if not isinstance(model, OnnxModel):
+        raise UsageError(
+            "--include is for ONNX models", "convert the model: give an output with -o NAME.onnx"
+        )
+    return included_layers(model.others, stage, [layer.name for layer in model.layers])

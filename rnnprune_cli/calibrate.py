@@ -17,6 +17,7 @@ from rnnprune_cli.find import locate
 from rnnprune_cli.graph import Walker, subgraphs
 from rnnprune_cli.model import Array, Runner
 from rnnprune_cli.onnx_model import OnnxModel
+from rnnprune_cli.others import operators
 from rnnprune_cli.rewrite.branches import settle
 from rnnprune_cli.rewrite.edit import Editor
 from rnnprune_cli.runtime import first_line
@@ -24,6 +25,10 @@ from rnnprune_cli.runtime import first_line
 MAX_SAMPLES = 64
 MAX_BYTES = 64 << 20
 """Samples that run at once, and what their outputs may take; a single sample may take more."""
+
+
+_NAME = "rnnprune_cli.name"
+"""Key of a node's ``meta``, which goes into no file."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,10 +72,12 @@ def prepared(model: OnnxModel) -> ir.Model:
     """Reads a model again, as units and layers are removed from it.
 
     Functions are inlined, Ifs that always go the same way become that branch, and recurrent
-    operators get the names that the model's layers have.
+    operators get the names that the model's layers have; for others see :func:`other_nodes`.
     """
     graph = model.fresh()
     names = [located.name for located in locate(Walker(graph))]
+    for operator in operators(Walker(graph)):
+        operator.instance.node.meta[_NAME] = operator.name
     if graph.functions:
         try:
             common.InlinePass()(graph)
@@ -84,6 +91,16 @@ def prepared(model: OnnxModel) -> ir.Model:
     shapes.complete(graph)
     settle(graph, size_of(model))
     return graph
+
+
+def other_nodes(graph: ir.Model) -> dict[str, ir.Node]:
+    """Returns the nodes that Dense layers and embeddings may be, by the names of these.
+
+    Args:
+        graph: Result of :func:`prepared`; what is no longer executed is not in it.
+    """
+    nodes = graph.graph.all_nodes()
+    return {node.meta[_NAME]: node for node in nodes if _NAME in node.meta}
 
 
 def size_of(model: OnnxModel) -> int:
@@ -184,10 +201,7 @@ def run_batches(
             last = runner.run(feed)
             yield batch(last, 1)
         return
-    longest = max(
-        (a.shape[1] for n, a in data.inputs.items() if n in data.per_sample and a.ndim > 1),
-        default=0,
-    )
+    longest = data.padded_steps or 0
     lengths = np.full(data.count, -1) if data.lengths is None else data.lengths
     at_once, most = 1, 1 if data.single else MAX_SAMPLES  # one, until it is known what it makes
     insists = False  # on the padded length

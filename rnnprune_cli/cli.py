@@ -23,6 +23,9 @@ from rnnprune_cli.errors import ExitCode, RnnpruneError, UsageError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from rnnprune_cli.options import PruneOptions
+    from rnnprune_cli.recipe import Recipe
+
 app = typer.Typer(
     name="rnnprune",
     help="Compress saved recurrent models: ONNX or TensorFlow in, smaller model and report out.",
@@ -84,6 +87,21 @@ def prune(
             show_default=False,
         ),
     ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--target",
+            help="Instead of --sparsity: metric-drop=0.01, latency=0.5, bytes=0.3, parameters=0.3"
+            " or nonzero=0.3; repeatable, all must hold.",
+        ),
+    ] = None,
+    family: Annotated[
+        str | None,
+        typer.Option(
+            help="Several models at once: sparsities, or with --target NAME its limits, such as"
+            " 0.5,0.7,0.9."
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -120,6 +138,13 @@ def prune(
         list[str] | None,
         typer.Option("--exclude", help="No layers that match this glob; repeatable."),
     ] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--include",
+            help="Weights of other layers, too: dense, embedding, or a glob; repeatable.",
+        ),
+    ] = None,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -155,7 +180,11 @@ def prune(
         ),
     ] = False,
     metric: Annotated[
-        str, typer.Option(help="auto, accuracy, mse, mae, perplexity or bits-per-char.")
+        str,
+        typer.Option(
+            help="auto, accuracy, mse, mae, perplexity, bits-per-char, agreement or"
+            " relative-error; of one output OUTPUT=METRIC."
+        ),
     ] = "auto",
     export: Annotated[
         str, typer.Option(help="How weights are stored: auto, dense, sparse, packed or shrunk.")
@@ -168,6 +197,15 @@ def prune(
     report: Annotated[
         list[Path] | None,
         typer.Option("--report", help="Also write the report here (.json).", readable=False),
+    ] = None,
+    trials: Annotated[
+        int, typer.Option(help="Models that a search for targets tries, at most.")
+    ] = 40,
+    save_recipe: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also write what was done as a recipe (.toml) for 'rnnprune run'.", readable=False
+        ),
     ] = None,
     output_format: OutputFormat = Format.table,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
@@ -185,24 +223,25 @@ def prune(
     arguments = {k: v for k, v in locals().items() if v is not None}
 
     def work() -> tuple[dict[str, Any], RenderableType | None]:
-        from rnnprune_cli import pipeline
-        from rnnprune_cli.console import progress
         from rnnprune_cli.model import ExportOptions
         from rnnprune_cli.options import PruneOptions, complete_stage
-        from rnnprune_cli.report.json import render, report_document
-        from rnnprune_cli.save import check_writable, write_text
+        from rnnprune_cli.recipe import targets_of
 
-        for path in report or []:
-            if path.suffix != ".json":
-                raise UsageError(f"a report cannot be written as '{path}'", "it must end in .json")
-            check_writable(path, force)
+        wanted = _numbers("--family", family)
+        limits, family_of = targets_of(target or (), wanted)
+        if sparsity is not None and (target or wanted):
+            raise UsageError(
+                "--sparsity is given, and so is what is to be found out",
+                "leave out --sparsity, or --target and --family",
+            )
         stage = complete_stage(
             method,
             granularity,
             scope,
-            sparsity,
+            0.0 if target or wanted else sparsity,
             layers=tuple(layers or ()),
             exclude=tuple(exclude or ()),
+            include=tuple(include or ()),
             compensate=compensate,
             resize_state=resize_state,
             allow_inexact=allow_inexact,
@@ -221,17 +260,76 @@ def prune(
             force=force,
             reports=tuple(report or ()),
             right_padding=right_padding,
+            targets=limits,
+            trials=trials,
+            family=wanted,
+            family_of=family_of,
         )
-        with progress(quiet, verbose) as show:
-            result = pipeline.prune(options, arguments, show)
-        document = report_document(result)
-        for path in report or []:
-            write_text(path, render(document) + "\n")
-        if output_format is Format.json:
-            return document, None
-        from rnnprune_cli.report.table import report_table
+        return _compress(options, arguments, output_format, quiet, verbose, save_recipe=save_recipe)
 
-        return document, report_table(result)
+    _finish(work, arguments, output_format)
+
+
+@app.command()
+def run(
+    recipe: Annotated[
+        Path,
+        typer.Argument(
+            help="A recipe (.toml), or the report (.json) of a run that is to be repeated.",
+            readable=False,
+        ),
+    ],
+    model: Annotated[
+        Path | None,
+        typer.Argument(help="Another model than the recipe names.", readable=False),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Where the result goes.", readable=False),
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Other data.", readable=False)] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Other inputs for criteria and repair.", readable=False)
+    ] = None,
+    report: Annotated[
+        list[Path] | None,
+        typer.Option("--report", help="Also write the report here (.json).", readable=False),
+    ] = None,
+    output_format: OutputFormat = Format.table,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Another seed of everything random.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Another number of threads to run the models with.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Do what a recipe says, stage by stage, or what a report says was done.
+
+    Options given here go before those of the file.
+
+    Example: rnnprune run recipe.toml --report report.json
+    """
+    arguments = {k: v for k, v in locals().items() if v is not None}
+
+    def work() -> tuple[dict[str, Any], RenderableType | None]:
+        from rnnprune_cli.recipe import arguments_of, read_recipe
+
+        found = read_recipe(recipe)
+        options = found.options(
+            model=model,
+            output=output,
+            data=data,
+            calibration=calibration,
+            seed=seed,
+            threads=threads,
+            force=force,
+            reports=tuple(report or ()),
+        )
+        arguments.update(arguments_of(options))
+        return _compress(options, arguments, output_format, quiet, verbose, recipe=found)
 
     _finish(work, arguments, output_format)
 
@@ -326,6 +424,133 @@ def inspect(
 
 
 @app.command()
+def sensitivity(
+    model: Model,
+    data: Annotated[
+        Path,
+        typer.Option(help=".npz with an array for each model input; labels help.", readable=False),
+    ],
+    sparsities: Annotated[
+        str, typer.Option(help="Where to measure, between commas.")
+    ] = "0.3,0.5,0.7,0.8,0.9",
+    method: Annotated[
+        str, typer.Option(help="What makes a weight worth keeping; see 'rnnprune methods'.")
+    ] = "magnitude",
+    granularity: Annotated[
+        str, typer.Option(help="What is removed together: weight, block:RxC, bank:N or unit.")
+    ] = "weight",
+    scope: Annotated[
+        str | None, typer.Option(help="Within what the scores compete.", show_default=False)
+    ] = None,
+    layers: Annotated[
+        list[str] | None,
+        typer.Option("--layers", help="Only layers that match this glob; repeatable."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option("--exclude", help="No layers that match this glob; repeatable."),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help=".npz of inputs for criteria and repair, without labels [default: --data].",
+            show_default=False,
+            readable=False,
+        ),
+    ] = None,
+    compensate: Annotated[
+        bool,
+        typer.Option(
+            "--compensate/--no-compensate",
+            help="Repair by least squares what units or weights leave behind.",
+        ),
+    ] = True,
+    gates: Annotated[
+        bool, typer.Option("--gates/--no-gates", help="Measure each gate by itself, too.")
+    ] = True,
+    metric: Annotated[
+        str,
+        typer.Option(
+            help="auto, accuracy, mse, mae, perplexity, bits-per-char, agreement or relative-error."
+        ),
+    ] = "auto",
+    right_padding: RightPadding = False,
+    signature: Signature = None,
+    report: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--report", help="Also write the report here (.json or .html).", readable=False
+        ),
+    ] = None,
+    output_format: OutputFormat = Format.table,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
+    threads: Annotated[int, typer.Option(help="Threads to run the models with.")] = 1,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure what a model loses as each layer, and each gate, is pruned by itself.
+
+    Example: rnnprune sensitivity model.onnx --data test.npz --report curves.html
+    """
+    arguments = {k: v for k, v in locals().items() if v is not None}
+
+    def work() -> tuple[dict[str, Any], RenderableType | None]:
+        from rnnprune_cli import pipeline
+        from rnnprune_cli.console import progress
+        from rnnprune_cli.options import PruneOptions, complete_stage
+        from rnnprune_cli.report.json import render, sensitivity_document
+        from rnnprune_cli.save import check_writable, write_text
+
+        for path in report or ():
+            if path.suffix not in (".json", ".html"):
+                raise UsageError(
+                    f"a report cannot be written as '{path}'", "it must end in .json or .html"
+                )
+            check_writable(path, force)
+        stage = complete_stage(
+            method,
+            granularity,
+            scope,
+            None if granularity.startswith("nm:") else 0.5,
+            layers=tuple(layers or ()),
+            exclude=tuple(exclude or ()),
+            compensate=compensate,
+        )
+        options = PruneOptions(
+            model,
+            None,
+            (stage,),
+            seed=seed,
+            data=data,
+            calibration=calibration,
+            metric=metric,
+            signature=signature,
+            threads=threads,
+            right_padding=right_padding,
+        )
+        with progress(quiet, verbose) as show:
+            result = pipeline.sensitivity(
+                options, _numbers("--sparsities", sparsities), gates, arguments, show
+            )
+        document = sensitivity_document(result)
+        for path in report or ():
+            if path.suffix == ".html":
+                from rnnprune_cli.report.html import curves_page
+
+                write_text(path, curves_page(result))
+            else:
+                write_text(path, render(document) + "\n")
+        if output_format is Format.json:
+            return document, None
+        from rnnprune_cli.report.curves import curves_table
+
+        return document, curves_table(result)
+
+    _finish(work, arguments, output_format)
+
+
+@app.command()
 def methods(output_format: OutputFormat = Format.table) -> None:
     """List every method, granularity, scope and export form, with its paper."""
 
@@ -345,6 +570,70 @@ def methods(output_format: OutputFormat = Format.table) -> None:
         return document, methods_table(known, GRANULARITIES, scopes, EXPORTS)
 
     _finish(work, {}, output_format)
+
+
+def _numbers(option: str, text: str | None) -> tuple[float, ...]:
+    """Reads numbers between commas.
+
+    Raises:
+        UsageError: If they are none.
+    """
+    try:
+        return tuple(float(part) for part in text.split(",")) if text else ()
+    except ValueError as error:
+        raise UsageError(
+            f"{option} {text} is no list of numbers", f"such as {option} 0.5,0.7,0.9"
+        ) from error
+
+
+def _compress(
+    options: PruneOptions,
+    arguments: dict[str, Any],
+    output_format: Format,
+    quiet: bool,
+    verbose: bool,
+    recipe: Recipe | None = None,
+    save_recipe: Path | None = None,
+) -> tuple[dict[str, Any], RenderableType | None]:
+    """Does what ``prune`` or ``run`` is asked to do; returns the report as both formats show it."""
+    from rnnprune_cli import pipeline
+    from rnnprune_cli import recipe as recipes
+    from rnnprune_cli.console import progress
+    from rnnprune_cli.report.json import family_document, render, report_document
+    from rnnprune_cli.save import check_writable, write_text
+
+    for path in options.reports:
+        if path.suffix != ".json":
+            raise UsageError(f"a report cannot be written as '{path}'", "it must end in .json")
+        check_writable(path, options.force)
+    if save_recipe is not None:
+        recipes.check_recipe(save_recipe, options)
+    with progress(quiet, verbose) as show:
+        if recipe is not None:
+            recipe.check_model(options)
+        if options.family:
+            results = pipeline.prune_family(options, arguments, show)
+            family = family_document(results, arguments)
+            for path in options.reports:
+                write_text(path, render(family) + "\n")
+            if output_format is Format.json:
+                return family, None
+            from rnnprune_cli.report.table import family_table
+
+            return family, family_table(results)
+        result = pipeline.prune(options, arguments, show)
+    if recipe is not None:
+        result = recipe.compared(result, options)
+    document = report_document(result)
+    for path in options.reports:
+        write_text(path, render(document) + "\n")
+    if save_recipe is not None:
+        recipes.save_recipe(save_recipe, options, result.plan.stages)
+    if output_format is Format.json:
+        return document, None
+    from rnnprune_cli.report.table import report_table
+
+    return document, report_table(result)
 
 
 def _finish(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,11 +54,20 @@ class Dataset:
         }
 
     def take(self, samples: Array, steps: int | None) -> dict[str, Array]:
-        """Returns one feed that holds some samples, cut to as many steps."""
+        """Returns one feed that holds some samples (the first, if a feed is one), without padding.
+
+        Args:
+            samples: int64: which.
+            steps: How many of the padded steps to keep; None for all.
+        """
         if self.stacked:
-            return self.feed(int(samples[0]), int(samples[0]) + 1)
+            feed = self.feed(int(samples[0]), int(samples[0]) + 1)
+            cut = {n for n in self.stacked if self.inputs[n].shape[1] == self.padded_steps}
+            return {n: a[:steps] if n in cut else a for n, a in feed.items()}
         return {
-            name: (a[samples, :steps] if a.ndim > 1 else a[samples])
+            name: (
+                a[samples, :steps] if a.ndim > 1 and a.shape[1] == self.padded_steps else a[samples]
+            )
             if name in self.per_sample
             else a
             for name, a in self.inputs.items()
@@ -69,22 +79,42 @@ class Dataset:
         for start in range(0, self.count, step):
             yield start, min(start + step, self.count)
 
+    @functools.cached_property
+    def padded_steps(self) -> int | None:
+        """To how many steps sequences are padded.
+
+        None if nothing is padded, or the inputs have no steps, or a sample is a whole feed in which
+        the steps do not come first (and then the samples, of which there is one).
+        """
+        if self.lengths is None:
+            return None
+        arrays = [(n, a) for n, a in self.inputs.items() if n in self.per_sample and a.ndim > 1]
+        if self.stacked:
+            arrays = [(n, a) for n, a in arrays if n in self.stacked and a.shape[2:3] == (1,)]
+        longest = int(self.lengths.max())
+        sizes = [
+            (a.shape[1] == longest, a.ndim - (n in self.stacked) > 2 or a.dtype.kind in "iu", a)
+            for n, a in arrays
+            if a.shape[1] >= longest
+        ]
+        # A state has no steps; what is as long as the longest sample, or has features, does.
+        return int(max(sizes, key=lambda size: size[:2])[2].shape[1]) if sizes else None
+
     def valid(self, start: int, stop: int) -> BoolArray | None:
         """Marks the steps of the samples that are no padding, ``[samples, steps]``.
 
-        None if nothing is padded, or the inputs have no steps.
+        None if nothing is padded, or it is not known to how many steps.
         """
-        padded = [a.shape[1] for n, a in self.inputs.items() if n in self.per_sample and a.ndim > 1]
-        if self.lengths is None or self.stacked or not padded:
+        if self.lengths is None or self.padded_steps is None:
             return None
-        return np.asarray(np.arange(padded[0])[None] < self.lengths[start:stop, None])
+        return np.asarray(np.arange(self.padded_steps)[None] < self.lengths[start:stop, None])
 
 
 def load_dataset(path: Path, specs: Sequence[TensorSpec]) -> Dataset:
     """Reads an ``.npz`` data set for a model.
 
     One array for each model input, under the input's name (or ``x`` if there is one input), first
-    axis the samples; ``labels`` or ``target:<output>``; ``lengths`` of padded sequences.
+    axis the samples; ``labels``, or ``target:<output>`` for each; ``lengths`` of padded sequences.
 
     Args:
         path: The file. Pickled arrays are refused.
@@ -160,11 +190,6 @@ def _check_targets(
 ) -> None:
     if count == 0:
         raise RnnpruneError(f"{path} holds no samples", "there is nothing to compare on")
-    if len(targets) > 1:
-        raise RnnpruneError(
-            f"{path} holds several targets: {', '.join(n or 'labels' for n in targets)}",
-            "leave one of them; a metric is measured on one output",
-        )
     labelled = [(name or "labels", array) for name, array in targets.items()]
     for name, array in [*labelled, *([("lengths", lengths)] if lengths is not None else [])]:
         if samples and (array.ndim == 0 or len(array) != count):

@@ -7,7 +7,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import onnx_ir as ir
@@ -25,6 +25,26 @@ _EXPORT_AGAIN = (
 )
 
 
+Layout = Literal["stack", "rows", "columns"]
+"""How a weight ``[directions, rows, columns]`` lies in a tensor: just so; or, where there is one
+direction, as a matrix of its rows, or of its columns (the transpose)."""
+
+
+def laid_out(values: Array, layout: Layout) -> Array:
+    """Returns a weight as it lies in a tensor."""
+    if layout == "stack":
+        return values
+    rows: Array = values[0]
+    return rows if layout == "rows" else rows.T
+
+
+def taken_in(array: Array, layout: Layout) -> Array:
+    """Undoes :func:`laid_out`."""
+    if layout == "stack":
+        return array
+    return (array if layout == "rows" else array.T)[None]
+
+
 @dataclass(frozen=True, eq=False)
 class Site:
     """Where one weight of one executed node is stored.
@@ -32,14 +52,16 @@ class Site:
     Attributes:
         value: The initializer, output of a Constant, or result of a constant expression.
         calls: The function calls that lead to ``value``.
-        node: The recurrent node that reads it.
-        index: Input index there: 1 for W, 2 for R.
+        node: The node that reads it.
+        index: Input index there; of a recurrent node 1 for W, 2 for R.
+        layout: How the weight lies in ``value``.
     """
 
     value: ir.Value
     calls: Calls
     node: ir.Node
     index: int
+    layout: Layout = "stack"
 
 
 @dataclass(frozen=True, eq=False)
@@ -336,7 +358,7 @@ def _check(
             "the model is not valid ONNX; export it again",
         )
     for role, source in zip("WR", sources, strict=True):
-        if not _all_finite(source.read()):
+        if not all_finite(source.read()):
             raise RnnpruneError(
                 f"weight {role} of {op} '{located.name}' holds NaN or infinite values",
                 "the model was damaged or its training diverged; take an earlier checkpoint",
@@ -344,7 +366,8 @@ def _check(
     return op, direction, w.shape[2], hidden
 
 
-def _all_finite(values: Array) -> bool:
+def all_finite(values: Array) -> bool:
+    """Tells whether an array holds neither NaN nor infinite values."""
     # A sum is finite only if every term is; it needs no temporary. Overflow falls back to looking.
     with np.errstate(over="ignore", invalid="ignore"):
         if np.isfinite(values.sum()):

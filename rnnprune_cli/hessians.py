@@ -17,15 +17,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 
-from rnnprune_cli.calibrate import Batch, expose, prepared, run_batches, told
+from rnnprune_cli.calibrate import (
+    Batch,
+    expose,
+    other_nodes,
+    prepared,
+    run_batches,
+    size_of,
+    told,
+)
 from rnnprune_cli.compensate import MAX_FEATURES, Moments
+from rnnprune_cli.coupling import Coupling
 from rnnprune_cli.data import Dataset
-from rnnprune_cli.find import locate
-from rnnprune_cli.graph import Instance, Walker, input_of
-from rnnprune_cli.model import Array, RecurrentLayer
+from rnnprune_cli.find import find, locate
+from rnnprune_cli.graph import Folder, Instance, Walker, input_of
+from rnnprune_cli.model import Array, BoolArray, Layer, OtherLayer
 from rnnprune_cli.onnx_model import OnnxModel
+from rnnprune_cli.others import features
 from rnnprune_cli.states import fed, gates_first, reset_gate, steps_of
+
+UNREACHED = "the data never reach it"
+"""Problem of a layer that reads nothing on the data: what it shares is known from others."""
 
 
 @dataclass(eq=False)
@@ -42,6 +56,7 @@ class LayerInputs:
     gated: Moments | None
     problem: str | None = None
     _nodes: list[tuple[Instance, tuple[Array | None, ...]]] = field(default_factory=list)
+    _dense: list[tuple[ir.Node, int]] = field(default_factory=list)
 
     def of_gate(self, gate: int) -> Moments:
         """Returns what a gate reads, by its number in ONNX's order."""
@@ -57,13 +72,13 @@ class LayerInputs:
 
 def layer_inputs(
     model: OnnxModel,
-    layers: Sequence[RecurrentLayer],
+    layers: Sequence[Layer],
     data: Dataset,
     folder: Path,
     threads: int,
     progress: Callable[[str], None],
 ) -> dict[str, LayerInputs]:
-    """Runs a model on data and adds up what its recurrent layers read, batch after batch.
+    """Runs a model on data and adds up what its layers read, batch after batch.
 
     Args:
         model: The model.
@@ -77,9 +92,11 @@ def layer_inputs(
         Layer name → what it reads.
     """
     graph = prepared(model)
+    states = _handed(graph, model, data)
     wanted = {layer.name: layer for layer in layers}
     found = {name: _empty(layer) for name, layer in wanted.items()}
     walker = Walker(graph)
+    constants = Folder(walker, size_of(model))
     values = []
     for located in locate(walker):
         layer = model.by_name.get(located.name)
@@ -89,35 +106,58 @@ def layer_inputs(
         weights: tuple[Array | None, ...] = (layer.w.read(), layer.r.read(), None)
         if layer.op == "GRU":
             bias = input_of(node, 3)
-            known = None if bias is None or bias.const_value is None else bias.const_value
-            weights = (*weights[:2], None if known is None else known.numpy())
-            if bias is not None and known is None:
+            known = None if bias is None else constants.fold(bias, located.instance.calls)
+            if isinstance(known, str):
                 found[layer.name].problem = "its bias is no constant"
                 continue
+            weights = (*weights[:2], known)
         found[layer.name]._nodes.append((located.instance, weights))
         values += [*fed(node), node.outputs[0]]
+    if any(isinstance(layer, OtherLayer) for layer in layers):
+        for name, node in other_nodes(graph).items():
+            if isinstance(wanted.get(name), OtherLayer) and not found[name].problem:
+                index = model.others.inputs[name]
+                found[name]._dense.append((node, index))
+                values += _factor(node, index)
     names = expose(graph, values)
     path = folder / "watched.onnx"
     model.write_graph(graph, path)
     runner = OnnxModel(path, model.path, model.lifts).open(threads)
     for inputs in found.values():
-        nodes = [instance.node for instance, _ in inputs._nodes]
-        if any(id(node.outputs[0]) not in names for node in nodes):
+        watched = [instance.node.outputs[0] for instance, _ in inputs._nodes]
+        watched += [value for place in inputs._dense for value in _factor(*place)]
+        if any(id(value) not in names for value in watched):
             inputs.problem = "it is in a loop, where it cannot be watched"
     outputs = list(dict.fromkeys(names.values()))
-    for batch in told(run_batches(runner, outputs, data, {}), data.count, progress):
+    for batch in told(run_batches(runner, outputs, data, states), data.count, progress):
         for inputs in found.values():
             if inputs.problem is None:
                 _add(inputs, batch, names)
+                _add_dense(inputs, batch, names)
     for inputs in found.values():
         if inputs.problem is None and not inputs.moments.count:
-            inputs.problem = "the data never reach it"
+            inputs.problem = UNREACHED
         inputs._nodes.clear()
+        inputs._dense.clear()
     return found
 
 
-def _empty(layer: RecurrentLayer) -> LayerInputs:
-    directions, n = layer.w.shape[0], layer.input_size + layer.hidden_size
+def _handed(graph: ir.Model, model: OnnxModel, data: Dataset) -> dict[str, str]:
+    """Returns input → output of states that are zero in all samples, as streaming models have.
+
+    What they hold at run time is what the model made of the samples before.
+    """
+    zeros = [name for name, a in data.inputs.items() if a.dtype.kind == "f" and not a.any()]
+    if data.count < 2 or not zeros:
+        return {}
+    size = size_of(model)
+    pairs = Coupling(graph, find(Walker(graph), size), size).states
+    names = [(s.input.name or "", s.output.name or "") for s in pairs if s.input is not None]
+    return {given: taken for given, taken in names if given in zeros}
+
+
+def _empty(layer: Layer) -> LayerInputs:
+    directions, n = layer.w.shape[0], sum(w.shape[2] for w in layer.weights)
     if n > MAX_FEATURES:
         problem = f"it reads more than {MAX_FEATURES} values at once"
         return LayerInputs(Moments(directions, 1), None, problem)
@@ -134,16 +174,39 @@ def _add(inputs: LayerInputs, batch: Batch, names: Mapping[int, str]) -> None:
             continue
         before = steps.before(node)
         x = np.broadcast_to(steps.x, (len(before), *steps.x.shape))
-        inputs.moments.add(_rows(x, before))
+        valid = steps.valid
+        inputs.moments.add(_rows(x, before, valid))
         if inputs.gated is not None:
             gate = reset_gate(node, steps.x, before, weights)
             if gate is None:
                 inputs.problem = "its reset gate has an activation of its own"
                 return
             through = gate if gates_first(node) else gate.mean(axis=-1, keepdims=True)
-            inputs.gated.add(_rows(x, through * before))
+            inputs.gated.add(_rows(x, through * before, valid))
 
 
-def _rows(x: Array, h: Array) -> Array:
+def _factor(node: ir.Node, index: int) -> list[ir.Value]:
+    """Returns what the weight of a Dense layer is multiplied with."""
+    value = node.inputs[1 - index]
+    return [] if value is None else [value]
+
+
+def _add_dense(inputs: LayerInputs, batch: Batch, names: Mapping[int, str]) -> None:
+    """Adds one batch of what each node of a Dense layer read."""
+    for node, index in inputs._dense:
+        for value in _factor(node, index):
+            array = batch.values[names[id(value)]]
+            if array.size == 0:
+                continue  # the other branch was taken
+            axis = features(node, index, array.ndim)
+            steps = batch.valid(array, [axis])
+            if steps is None:
+                inputs.problem = "its padded steps cannot be told from another axis"
+                return
+            rows = np.moveaxis(steps, axis, -1)
+            inputs.moments.add(rows.reshape(1, -1, rows.shape[-1]))
+
+
+def _rows(x: Array, h: Array, valid: BoolArray) -> Array:
     """Lays what is read out as ``[directions, samples, inputs + units]``."""
-    return np.concatenate([x, h], axis=-1).reshape(len(x), -1, x.shape[-1] + h.shape[-1])
+    return np.asarray(np.concatenate([x, h], axis=-1)[:, valid])

@@ -42,3 +42,20 @@ def load(path: Path, signature: str | None = None, threads: int = 1) -> LoadedMo
         raise RnnpruneError(
             f"{path} nests its graphs too deeply", "simplify the model and export it again"
         ) from error
+
+
+def model_files(path: Path) -> tuple[Path, ...]:
+    """Returns all files of a model, as :attr:`LoadedModel.files` has them, without loading it.
+
+    Raises:
+        RnnpruneError: If it is no model.
+    """
+    if path.is_dir():
+        if not (path / "saved_model.pb").is_file():
+            raise RnnpruneError(f"{path} holds no SavedModel", "check the path of the model")
+        return tuple(sorted(file for file in path.rglob("*") if file.is_file()))
+    if path.suffix.lower() in TENSORFLOW_SUFFIXES:
+        return (path,)
+    from rnnprune_cli.onnx_file import external_files, read_proto
+
+    return (path, *external_files(read_proto(path), path))

@@ -72,7 +72,16 @@ class Weight:
     @functools.cached_property
     def nonzero(self) -> int:
         """Number of elements that are not zero."""
-        return int(np.count_nonzero(self.read()))
+        return sum(self.nonzero_by_gate)
+
+    @functools.cached_property
+    def nonzero_by_gate(self) -> tuple[int, ...]:
+        """The same for each block of rows, over both directions."""
+        values, rows = self.read(), self.shape[1] // self.gates
+        return tuple(
+            sum(int(np.count_nonzero(part[k * rows : (k + 1) * rows])) for part in values)
+            for k in range(self.gates)
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +115,59 @@ class RecurrentLayer:
     def macs_per_step(self) -> int:
         """Multiply-accumulates of W and R that a dense kernel executes per time step."""
         return self.w.size + self.r.size
+
+
+OTHER_KINDS = {
+    "dense": "weights of Dense layers: MatMul or Gemm with a constant matrix",
+    "embedding": "rows of embeddings that the data never use (Gather of a constant matrix)",
+}
+"""What else can be pruned on request; name → summary."""
+
+
+@dataclass(frozen=True, eq=False)
+class OtherLayer:
+    """A Dense layer or an embedding, whose weight is a known constant.
+
+    Attributes:
+        name: Unique name, also among recurrent layers; matched by ``--include``.
+        op: ONNX operator that reads the weight: ``MatMul``, ``Gemm`` or ``Gather``.
+        w: ``(1, outputs, inputs)`` of a Dense layer, ``(1, entries, features)`` of an embedding,
+            however it is stored.
+    """
+
+    name: str
+    op: str
+    w: Weight
+
+    direction = ""
+
+    @property
+    def kind(self) -> str:
+        """``dense`` or ``embedding``."""
+        return "embedding" if self.op == "Gather" else "dense"
+
+    @property
+    def input_size(self) -> int:
+        """What each row reads, or holds."""
+        return self.w.shape[2]
+
+    @property
+    def hidden_size(self) -> int:
+        """Rows: outputs of a Dense layer, entries of an embedding."""
+        return self.w.shape[1]
+
+    @property
+    def weights(self) -> tuple[Weight]:
+        """Its only weight."""
+        return (self.w,)
+
+    @property
+    def macs_per_step(self) -> int:
+        """Multiply-accumulates for each vector that it reads."""
+        return self.w.size if self.kind == "dense" else 0
+
+
+Layer = RecurrentLayer | OtherLayer
 
 
 @dataclass(frozen=True)
@@ -352,7 +414,21 @@ class LoadedModel(ABC):
 
 @dataclass(frozen=True)
 class Stage:
-    """One pruning step of a plan; the last three are for units."""
+    """One pruning step of a plan.
+
+    Attributes:
+        method: Name of a criterion.
+        granularity: What is removed together.
+        scope: Within what scores compete.
+        sparsity: Share to remove, 0 ≤ s < 1.
+        layers: Globs of the layers that may lose something; all if there are none.
+        exclude: Globs of those that may not.
+        compensate: Whether what is gone is made up for, where there are data.
+        resize_state: For units: states may change their public shape.
+        allow_inexact: For units: those that are normalised together may go, too.
+        shares: Layer name → sparsity, where it is another than that of the stage.
+        include: What else may lose weights: globs of names, or keys of :data:`OTHER_KINDS`.
+    """
 
     method: str
     granularity: str
@@ -363,6 +439,72 @@ class Stage:
     compensate: bool = True
     resize_state: bool = False
     allow_inexact: bool = False
+    shares: Mapping[str, float] = field(default_factory=dict)
+    include: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a model loses at one sparsity of one part of it; see :func:`metrics.drop`."""
+
+    sparsity: float
+    drop: float
+    metrics: tuple[MetricValue, ...]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """How much a model loses as one layer, or one gate of it, loses weights or units.
+
+    Attributes:
+        layer: The layer.
+        gate: Its letter in ONNX's order; None for the whole layer.
+        size: How many weights, or units, it has.
+        points: By rising sparsity.
+    """
+
+    layer: str
+    gate: str | None
+    size: int
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True)
+class Target:
+    """Something that a search is to reach: an upper limit.
+
+    Attributes:
+        name: ``metric-drop``, or of a ratio after ÷ before.
+        limit: It holds if the figure is not above.
+    """
+
+    name: str
+    limit: float
+
+
+@dataclass(frozen=True)
+class Check:
+    """A condition that the result was held against."""
+
+    expression: str
+    limit: float
+    actual: float
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One model that a search has tried.
+
+    Attributes:
+        shares: Layer name → sparsity.
+        figures: Target name → what was measured.
+        met: Whether all targets were.
+    """
+
+    shares: Mapping[str, float]
+    figures: Mapping[str, float]
+    met: bool
 
 
 @dataclass(frozen=True)
@@ -394,16 +536,21 @@ class Ratio:
 
 @dataclass(frozen=True)
 class MetricValue:
-    """A quality figure of a model on the user's data."""
+    """A quality figure of one output of a model on the user's data."""
 
     name: str
     value: float
     higher_is_better: bool
+    output: str = ""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """The figures of one model. See the README for how each is made."""
+    """The figures of one model. See the README for how each is made.
+
+    ``metric`` is the first of ``metrics``, which has one for each output that is measured; None if
+    there are no labels and no other metric was asked for.
+    """
 
     parameters: int
     nonzero: int
@@ -414,6 +561,7 @@ class Measurement:
     macs_per_step: int
     latency_ms: Latency | None = None
     metric: MetricValue | None = None
+    metrics: tuple[MetricValue, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -458,7 +606,14 @@ UNCHANGED = "nothing but the pruned weights differs from the original files"
 
 @dataclass(frozen=True)
 class LayerRow:
-    """What happened to one layer; ``stored`` is the form of W and of R in the written file."""
+    """What happened to one layer.
+
+    Attributes:
+        stored: The form of W and of R in the written file.
+        blocked: Why it was not pruned, or not all of it.
+        gates: The gate's letter, in ONNX's order → its share of ``sparsity``: of the weights that
+            it had at first, how many are gone or zero, over both directions.
+    """
 
     name: str
     op: str
@@ -471,6 +626,7 @@ class LayerRow:
     sparsity: float
     stored: tuple[str, ...]
     blocked: str | None = None
+    gates: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -659,4 +815,33 @@ class Report:
     units: tuple[KeptUnits, ...] = ()
     states: tuple[ResizedState, ...] = ()
     repairs: tuple[Repair, ...] = ()
-    checks: tuple[Any, ...] = field(default=())
+    sensitivity: tuple[Curve, ...] = ()
+    trials: tuple[Trial, ...] = ()
+    checks: tuple[Check, ...] = ()
+
+
+@dataclass(frozen=True)
+class SensitivityReport:
+    """Everything that ``sensitivity`` has to say.
+
+    Attributes:
+        arguments: The options as the user gave them.
+        model: What was looked at.
+        stage: What was done to one layer at a time.
+        dense: The figures of the original.
+        curves: By layer and gate.
+        protect: Layers that lose much more than others.
+        advice: What to do about it, in a sentence.
+        warnings: What the user should know.
+        environment: The machine and versions.
+    """
+
+    arguments: Mapping[str, Any]
+    model: ModelInfo
+    stage: Stage
+    dense: tuple[MetricValue, ...]
+    curves: tuple[Curve, ...]
+    protect: tuple[str, ...]
+    advice: str
+    warnings: tuple[str, ...]
+    environment: Mapping[str, Any]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import hashlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,19 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from rnnprune_cli.errors import NotEquivalentError, RnnpruneError
-from rnnprune_cli.find import ROLES, Found, Located, Site, exclusive, find, locate, reader, readers
+from rnnprune_cli.find import (
+    ROLES,
+    Found,
+    Layout,
+    Located,
+    Site,
+    exclusive,
+    find,
+    locate,
+    reader,
+    readers,
+    taken_in,
+)
 from rnnprune_cli.graph import Folder, Walker, stored_tensor
 from rnnprune_cli.model import (
     UNCHANGED,
@@ -42,6 +56,7 @@ from rnnprune_cli.onnx_file import (
     read_proto,
 )
 from rnnprune_cli.onnx_inputs import describe_inputs, describe_outputs, size_hints
+from rnnprune_cli.others import Others, at_input, find_others, operators
 from rnnprune_cli.rewrite import packed, sparse
 from rnnprune_cli.rewrite.build import MIN_IR_INITIALIZERS, Builder, value_names
 from rnnprune_cli.rewrite.place import Placer, lazy_tensor
@@ -138,6 +153,11 @@ class OnnxModel(LoadedModel):
         """Name of an executed recurrent node → its layer; a layer may run in several nodes."""
         return self._found.by_name
 
+    @functools.cached_property
+    def others(self) -> Others:
+        """What else can be pruned; the file is searched for it when this is first looked at."""
+        return find_others(Walker(self.fresh()))
+
     @property
     def _weights(self) -> dict[str, Weight]:
         return {w.name: w for layer in self.layers for w in layer.weights}
@@ -167,25 +187,44 @@ class OnnxModel(LoadedModel):
         return self._open(self._file, threads)
 
     def open_masked(self, stored: Values, threads: int = 1) -> Runner:
-        """Opens the original graph with its recurrent inputs bound to other values.
+        """Opens the original graph with the inputs of its layers bound to other values.
 
-        Functions are inlined and every recurrent node gets initializers of its own; everything
+        Functions are inlined and every layer's node gets initializers of its own; everything
         else stays. :meth:`save` does neither.
         """
         model = self.fresh()
+        bound: list[tuple[ir.Node, int, Weight, Layout]] = list(
+            self._bound_others(model, stored.keys())
+        )
         executed = self._inlined(model)
         model.ir_version = max(model.ir_version, 4)
         build = Builder(model.graph, self.opset or 1, True, value_names(model))
-        made: dict[str, ir.Value] = {}
+        made: dict[tuple[str, Layout], ir.Value] = {}
         for node, layer in executed:
             for index, weight in zip(ROLES, layer.weights, strict=True):
-                if weight.name not in stored:
-                    continue
-                if weight.name not in made:
-                    tensor = lazy_tensor(weight, stored[weight.name])
-                    made[weight.name] = build.constant(f"masked/{weight.name}", tensor)
-                node.replace_input_with(index, made[weight.name])
+                if weight.name in stored:
+                    bound.append((node, index, weight, "stack"))
+        for node, index, weight, layout in bound:
+            key = (weight.name, layout)
+            if key not in made:
+                tensor = lazy_tensor(weight, stored[weight.name], layout)
+                made[key] = build.constant(f"masked/{weight.name}", tensor)
+            node.replace_input_with(index, made[key])
         return self._open_ir(model, executed, threads)
+
+    def _bound_others(
+        self, model: ir.Model, names: AbstractSet[str]
+    ) -> Iterator[tuple[ir.Node, int, Weight, Layout]]:
+        """Yields where other layers read some weights, and how these lie there."""
+        if names <= self._weights.keys():
+            return
+        weights = {layer.name: layer.w for layer in self.others.layers}
+        for operator in operators(Walker(model)):
+            weight = weights.get(operator.name)
+            if weight is not None and weight.name in names:
+                index = self.others.inputs[operator.name]
+                node = operator.instance.node
+                yield node, index, weight, at_input(node, index)
 
     def reopen(self, saved: Saved, threads: int = 1) -> Runner:
         """Opens the written file; see :meth:`LoadedModel.reopen`."""
@@ -253,14 +292,15 @@ class OnnxModel(LoadedModel):
         """
         model = self.fresh()
         walker = Walker(model)
-        placer = Placer(walker, readers(walker, self._found), options.values)
+        sites = list(self._sites(walker, pruned.keys()))
+        placer = Placer(walker, self._readers(walker, pruned.keys()), options.values)
         forms: dict[str, str] = {}
         overridable = {
             weight.name
-            for site, weight in self._sites(walker)
+            for site, weight in sites
             if site.value.is_graph_input() and self._ir_version >= MIN_IR_INITIALIZERS
         }
-        called = {w.name for site, w in self._sites(walker) if self._in_function(walker, site)}
+        called = {w.name for site, w in sites if self._in_function(walker, site)}
         stored: dict[str, StoredWeight] = {}
         warnings: list[str] = []
         for weight_name, kept in pruned.items():
@@ -277,22 +317,37 @@ class OnnxModel(LoadedModel):
                 rounding = packed.rounding(options.values)
                 stored[weight_name] = dataclasses.replace(kept, rounding=rounding)
         sparse_names: set[str] = set()
-        for site, weight in self._sites(walker):
-            if weight.name in stored:
-                form = forms[weight.name]
-                placed = placer.place(site, weight, pruned[weight.name], form)
-                if form == "sparse":
-                    sparse_names.add(placed)
+        for site, weight in sites:
+            form = forms[weight.name]
+            placed = placer.place(site, weight, pruned[weight.name], form)
+            if form == "sparse":
+                sparse_names.add(placed)
         placer.clean()
         model.metadata_props[PROVENANCE] = note
         path = directory / name
         files = self._write(model, path, sparse_names, self._declared)
         return Saved(path, files, "onnx", forms, stored, tuple(dict.fromkeys(warnings)))
 
-    def _sites(self, walker: Walker) -> Iterator[tuple[Site, Weight]]:
-        """Yields every place of a prunable weight in a copy of the model."""
+    def _sites(self, walker: Walker, names: AbstractSet[str]) -> Iterator[tuple[Site, Weight]]:
+        """Yields every place of some prunable weights in a copy of the model."""
         for located, layer in self._executed(walker):
-            yield from zip(located.sites, layer.weights, strict=True)
+            for site, weight in zip(located.sites, layer.weights, strict=True):
+                if weight.name in names:
+                    yield site, weight
+        if not names <= self._weights.keys():
+            yield from (s for s in self.others.sites(walker) if s[1].name in names)
+
+    def _readers(self, walker: Walker, names: AbstractSet[str]) -> frozenset[tuple[int, int]]:
+        """Returns (id of node, input index) of all that may read some weights when they change.
+
+        Whatever reads the matrix of another layer, a Transpose say, reads nothing else.
+        """
+        found = readers(walker, self._found)
+        if names <= self._weights.keys():
+            return found
+        others = [site.value for site, w in self.others.sites(walker) if w.name in names]
+        uses = (use for value in others for use in walker.consumers(value))
+        return found | {(id(use[0]), use[1]) for use in uses if use is not None}
 
     def _in_function(self, walker: Walker, site: Site) -> bool:
         """Tells whether a weight lies in a model function, or may be put there for its reader."""
@@ -391,18 +446,18 @@ class OnnxModel(LoadedModel):
         walker = Walker(deserialize(read_proto(saved.path), saved.path))
         size = sum(file.stat().st_size for file in saved.files)
         done: set[tuple[str, int]] = set()
-        for site, weight in self._sites(walker):
-            if weight.name not in saved.stored or (weight.name, id(site.value)) in done:
+        for site, weight in self._sites(walker, saved.stored.keys()):
+            if (weight.name, id(site.value)) in done:
                 continue
             done.add((weight.name, id(site.value)))
             tensor = stored_tensor(site.value)
             if tensor is not None:
-                yield weight.name, reader(tensor)()
+                yield weight.name, taken_in(reader(tensor)(), site.layout)
                 continue
             values = Folder(walker, size).fold(site.value, site.calls)
             if isinstance(values, str):
                 raise NotEquivalentError(f"weight '{weight.name}' cannot be read back: {values}")
-            yield weight.name, values
+            yield weight.name, taken_in(values, site.layout)
 
     def verify_untouched(self, saved: Saved) -> list[Claim]:
         """Checks that the file is as valid as the original was, and, for a big model, unchanged.
@@ -425,19 +480,16 @@ class OnnxModel(LoadedModel):
     def _all_in_place(self, saved: Saved) -> bool:
         """Tells whether every pruned weight is a dense initializer of its own, where it was."""
         walker = Walker(self.fresh())
-        reading = readers(walker, self._found)
+        reading = self._readers(walker, saved.stored.keys())
         return set(saved.exports.values()) == {"dense"} and all(
             site.value.is_initializer() and exclusive(walker, site.value, reading)
-            for site, weight in self._sites(walker)
-            if weight.name in saved.stored
+            for site, _ in self._sites(walker, saved.stored.keys())
         )
 
     def _skeleton(self, model: ir.Model, saved: Saved) -> bytes:
         """A digest of everything but the pruned weights, where they lie, and the provenance."""
         model.metadata_props.pop(PROVENANCE, None)
-        pruned = {
-            id(site.value) for site, w in self._sites(Walker(model)) if w.name in saved.stored
-        }
+        pruned = {id(site.value) for site, _ in self._sites(Walker(model), saved.stored.keys())}
         digest = hashlib.sha256()
         for value in _constants(model):
             if value.is_initializer() and value.const_value is not None:
@@ -454,12 +506,13 @@ class OnnxModel(LoadedModel):
         """
         model = self.fresh()
         walker = Walker(model)
+        recurrent = self._weights.keys()
         placer = Placer(walker, readers(walker, self._found), "float32")
-        for site, weight in self._sites(walker):
+        for site, weight in list(self._sites(walker, recurrent)):
             if stored_tensor(site.value) is None:
                 placer.place(site, weight, weight.read, "dense")
         placer.clean()
-        own = {id(site.value) for site, _ in self._sites(walker)}
+        own = {id(site.value) for site, _ in self._sites(walker, recurrent)}
         parameters = nonzero = 0
         for value in _constants(model):
             tensor = stored_tensor(value)

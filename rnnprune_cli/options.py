@@ -12,7 +12,7 @@ from rnnprune_cli.errors import UsageError, closest
 from rnnprune_cli.load import TENSORFLOW_SUFFIXES
 from rnnprune_cli.methods import method as find_method
 from rnnprune_cli.metrics import check_metric
-from rnnprune_cli.model import ExportOptions, LoadedModel, Stage
+from rnnprune_cli.model import ExportOptions, LoadedModel, Stage, Target
 from rnnprune_cli.select import GRANULARITIES as WEIGHT_GRANULARITIES
 from rnnprune_cli.select import SCOPES, UNIT_SCOPES, parse_pattern
 
@@ -33,12 +33,19 @@ GRANULARITIES = {
 """Name → what is removed together."""
 STRUCTURES = ("unit", "layer")
 """Granularities that are cut out of the model instead of becoming zeros."""
+SENSITIVITY = "sensitivity"
+_SENSITIVITY = "as the default, but each layer loses what it can bear, as measured on data"
 MAX_THREADS = 256
+MAX_TRIALS = 40
 
 
 @dataclass(frozen=True)
 class PruneOptions:
-    """Everything that ``prune`` can be told; see the command's help. No stages: only lift."""
+    """Everything that ``prune`` can be told; see the command's help. No stages: only lift.
+
+    With ``family``, several models are made: its values are sparsities of the last stage, or limits
+    of the target ``family_of``.
+    """
 
     model: Path
     output: Path | None
@@ -54,6 +61,10 @@ class PruneOptions:
     reports: tuple[Path, ...] = ()
     right_padding: bool = False
     latency_seconds: float = 0.5
+    targets: tuple[Target, ...] = ()
+    trials: int = MAX_TRIALS
+    family: tuple[float, ...] = ()
+    family_of: str | None = None
 
     @property
     def cuts(self) -> bool:
@@ -73,10 +84,11 @@ def scopes_of(granularity: str) -> Mapping[str, str]:
         UsageError: If there is no such granularity.
     """
     if granularity == "unit":
-        return UNIT_SCOPES
+        return {**UNIT_SCOPES, SENSITIVITY: _SENSITIVITY}
     if granularity == "layer":
         return {"global": "all selected layers; one always stays"}
-    return parse_pattern(granularity).scopes
+    pattern = parse_pattern(granularity)
+    return pattern.scopes if pattern.kept else {**pattern.scopes, SENSITIVITY: _SENSITIVITY}
 
 
 def complete_stage(
@@ -101,7 +113,9 @@ def complete_stage(
     known = scopes_of(granularity)
     only = None if granularity in STRUCTURES else parse_pattern(granularity).sparsity
     if sparsity is None and only is None:
-        raise UsageError("no sparsity is given", "give --sparsity 0.5 to remove half")
+        raise UsageError(
+            "no sparsity is given", "give --sparsity 0.5 to remove half, or --target bytes=0.3"
+        )
     if sparsity is not None and only is not None and abs(sparsity - only) > 1e-9:
         raise UsageError(
             f"granularity '{granularity}' removes {only:g}, not {sparsity:g}",
@@ -159,6 +173,8 @@ def check_options(options: PruneOptions) -> None:
             f"--values {options.export.values} is for packed weights",
             "use it with --export packed or --export auto",
         )
+    if options.trials < 2:
+        raise UsageError(f"--trials {options.trials} is less than 2", "a search has to compare")
     if not 1 <= options.threads <= MAX_THREADS:
         raise UsageError(
             f"--threads {options.threads} is not between 1 and {MAX_THREADS}",
@@ -176,7 +192,7 @@ def _check_stage(stage: Stage) -> None:
             f"it scores: {', '.join(found.scores)}",
         )
     if stage.scope not in scopes:
-        if stage.scope in {**SCOPES, **UNIT_SCOPES}:
+        if stage.scope in {**SCOPES, **UNIT_SCOPES, SENSITIVITY: ""}:
             raise UsageError(
                 f"scope '{stage.scope}' is not for granularity '{stage.granularity}'",
                 f"it has: {', '.join(scopes)}",
@@ -186,6 +202,10 @@ def _check_stage(stage: Stage) -> None:
         raise UsageError(
             f"sparsity {stage.sparsity:g} is not between 0 and 1",
             "it is the share of weights, or units, to remove, such as 0.7",
+        )
+    if stage.include and stage.granularity in STRUCTURES:
+        raise UsageError(
+            "--include is for single weights", "use it with --granularity weight, block, bank or nm"
         )
     if stage.granularity != "unit" and (stage.resize_state or stage.allow_inexact):
         option = "--resize-state" if stage.resize_state else "--allow-inexact"

@@ -6,31 +6,35 @@ import contextlib
 import dataclasses
 import errno
 import functools
-import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rnnprune_cli import __version__, measure
+from rnnprune_cli import measure
 from rnnprune_cli.apply import VERIFIED_SAMPLES, Applied, Applier, Inputs, Progress
 from rnnprune_cli.data import Dataset, load_dataset, padded_on_the_right, varied_feeds
 from rnnprune_cli.errors import RnnpruneError, UsageError
+from rnnprune_cli.gate_order import ONNX_ORDER
 from rnnprune_cli.load import load
 from rnnprune_cli.methods import method as find_method
-from rnnprune_cli.metrics import BATCH, Comparison, Evaluation
+from rnnprune_cli.metrics import BATCH, LABEL_FREE, Comparison, drop, parse_metrics
 from rnnprune_cli.model import (
     UNCHANGED,
+    BoolArray,
     Claim,
+    Curve,
     ExportOptions,
     Feed,
+    Layer,
     LayerRow,
     LoadedModel,
     Measurement,
     MetricValue,
     ModelInfo,
+    OtherLayer,
     OutputFidelity,
     OutputInfo,
     ParameterCount,
@@ -41,9 +45,13 @@ from rnnprune_cli.model import (
     Report,
     Runner,
     Saved,
+    SensitivityReport,
     Stage,
+    Target,
+    Trial,
 )
 from rnnprune_cli.options import (
+    SENSITIVITY,
     STRUCTURES,
     PruneOptions,
     check_options,
@@ -51,7 +59,11 @@ from rnnprune_cli.options import (
     data_file,
     output_path,
     protect,
+    scopes_of,
 )
+from rnnprune_cli.save import provenance
+from rnnprune_cli.search import DROP, Search, checked, checked_target
+from rnnprune_cli.sensitivity import advised, curves, divided, measurable
 from rnnprune_cli.verify import require, run_all, verify_same, verify_weights
 from rnnprune_cli.weights import distinct_weights
 
@@ -188,11 +200,195 @@ def prune(options: PruneOptions, arguments: Mapping[str, Any], progress: Progres
     output, output_format = checked_output(options)
     with opened(options, output_format, progress) as session:
         protect(session.source, output)
-        applied = session.applier.apply(session.base, options.stages)
-        with written(session, applied, output, Plan(options.stages, options.seed)) as result:
-            report = result.report(arguments)
-            result.move()
+        return _finished(session, options, output, arguments)
+
+
+def prune_family(
+    options: PruneOptions, arguments: Mapping[str, Any], progress: Progress
+) -> tuple[Report, ...]:
+    """Prunes one model several times; what is known about it is worked out once.
+
+    Args:
+        options: What to do, with a family.
+        arguments: The options as the user gave them, for the reports.
+        progress: Called with a short text at the beginning of each step.
+
+    Raises:
+        RnnpruneError: If one of them cannot be made; those before it are written.
+    """
+    target, values = options.family_of, options.family
+    members = [_member(options, value) for value in values]
+    for member in members:
+        check_options(member)
+    places = [checked_output(member) for member in members]
+    reports = []
+    with opened(options, places[0][1], progress) as session:
+        session.applier.keep = True
+        for value, member, (output, _) in zip(values, members, places, strict=True):
+            protect(session.source, output)
+
+            def told(step: str, value: float = value) -> None:
+                progress(f"{target or 'sparsity'} {value:g}: {step}")
+
+            own = dataclasses.replace(session, options=member, progress=told)
+            reports.append(_finished(own, member, output, {**arguments, "family": value}))
+    return tuple(reports)
+
+
+def _member(options: PruneOptions, value: float) -> PruneOptions:
+    """Returns the options of one member of a family; its output has the value in its name."""
+    stages, targets, target = options.stages, options.targets, options.family_of
+    if target is None:
+        last = dataclasses.replace(stages[-1], sparsity=value)
+        stages = (*stages[:-1], last)
+    else:
+        targets = (*targets, checked_target(Target(target, value)))
+    output, _ = output_path(options.model, options.output)
+    named = output.with_name(f"{output.stem}-{value:g}{output.suffix}")
+    return dataclasses.replace(options, stages=stages, targets=targets, output=named, family=())
+
+
+def _finished(
+    session: Opened, options: PruneOptions, output: Path, arguments: Mapping[str, Any]
+) -> Report:
+    """Applies the stages, and writes, verifies and measures the result."""
+    planned = _planned(session, options)
+    plan = Plan(planned.stages, options.seed)
+    with written(session, planned.applied, output, plan) as result:
+        report = result.report(arguments)
+        lost = None
+        if options.targets and report.before.metrics:
+            lost = drop(report.before.metrics, report.after.metrics)
+        checks = checked(options.targets, report.ratios, lost)
+        warnings = [
+            f"measured again at the end: {check.expression} is missed ({check.actual:.3g})"
+            for check in checks
+            if not check.passed
+        ]
+        report = dataclasses.replace(
+            report,
+            checks=checks,
+            sensitivity=planned.curves,
+            trials=planned.trials,
+            warnings=(*report.warnings, *warnings),
+        )
+        result.move()
     return report
+
+
+@dataclass(frozen=True, eq=False)
+class _Planned:
+    """The stages as they were applied, with the shares that were found for layers."""
+
+    stages: tuple[Stage, ...]
+    applied: Applied
+    curves: tuple[Curve, ...] = ()
+    trials: tuple[Trial, ...] = ()
+
+
+def _planned(session: Opened, options: PruneOptions) -> _Planned:
+    """Applies the stages; finds what each layer is to lose, where that is asked for."""
+    applier, threads = session.applier, options.threads
+    done, stages = Applied(session.base), list[Stage]()
+    found, trials = tuple[Curve, ...](), tuple[Trial, ...]()
+    for stage in options.stages:
+        if options.targets and stage is options.stages[-1]:
+            plain = stage
+            if stage.scope == SENSITIVITY:
+                plain = dataclasses.replace(stage, scope=next(iter(scopes_of(stage.granularity))))
+            before = {
+                "bytes": session.files.result().bytes,
+                "parameters": session.count.parameters,
+                "nonzero": session.count.nonzero,
+            }
+            reached = Search(
+                applier,
+                done,
+                session.inputs,
+                plain,
+                options.targets,
+                before,
+                options.export,
+                options.trials,
+                session.progress,
+            ).run()
+            stage, trials, found = reached.stage, reached.trials, reached.curves
+        elif stage.scope == SENSITIVITY:
+            data = session.inputs.calibration
+            if data is None:
+                raise UsageError("scope 'sensitivity' measures what layers can bear", "give --data")
+            quality = measurable(session.inputs, data)
+            stage, found = divided(applier, done, stage, quality, threads, session.progress)
+        done = applier.add(done, stage)
+        stages.append(stage)
+    return _Planned(tuple(stages), done, found, trials)
+
+
+def sensitivity(
+    options: PruneOptions,
+    sparsities: Sequence[float],
+    gates: bool,
+    arguments: Mapping[str, Any],
+    progress: Progress,
+) -> SensitivityReport:
+    """Measures what a model loses as one layer at a time is pruned.
+
+    Args:
+        options: What to do, with one stage, and data.
+        sparsities: Where to measure.
+        gates: Whether to measure each gate by itself, too.
+        arguments: The options as the user gave them, for the report.
+        progress: Called with a short text at the beginning of each step.
+
+    Raises:
+        RnnpruneError: If nothing can be measured.
+    """
+    check_options(options)
+    (stage,) = options.stages
+    for sparsity in sparsities:
+        if not 0 < sparsity < 1:
+            raise UsageError(
+                f"sparsity {sparsity:g} is not between 0 and 1", "such as --sparsities 0.5,0.7"
+            )
+    with opened(options, "onnx" if options.cuts else _own_format(options), progress) as session:
+        data = session.inputs.data
+        if data is None:
+            raise UsageError("sensitivity is measured on data", "give --data")
+        quality = measurable(session.inputs, data)
+        session.applier.keep = True
+        found = curves(
+            session.applier,
+            Applied(session.base),
+            stage,
+            quality,
+            options.threads,
+            progress,
+            sorted(set(sparsities)),
+            gates,
+        )
+        protect, advice = advised(found)
+        source = session.source
+        return SensitivityReport(
+            dict(arguments),
+            ModelInfo(
+                str(source.path),
+                source.format,
+                session.files.result().sha256,
+                source.producer,
+                source.opset,
+            ),
+            stage,
+            quality.dense,
+            found,
+            protect,
+            advice,
+            tuple(dict.fromkeys((*source.warnings, *session.base.warnings, *session.limits))),
+            measure.environment(options.threads),
+        )
+
+
+def _own_format(options: PruneOptions) -> str:
+    return output_path(options.model, None)[1]
 
 
 def checked_output(options: PruneOptions) -> tuple[Path, str]:
@@ -213,6 +409,11 @@ def checked_output(options: PruneOptions) -> tuple[Path, str]:
             f"a {cut} can only be removed from ONNX models",
             f"give an output with -o {options.model.resolve().name}.onnx: the model is converted",
         )
+    if any(stage.include for stage in options.stages) and output_format != "onnx":
+        raise UsageError(
+            "--include is for ONNX models",
+            f"give an output with -o {options.model.resolve().name}.onnx: the model is converted",
+        )
     check_output(options, output, output_format)
     return output, output_format
 
@@ -227,7 +428,7 @@ class Written:
     output: Path
     folder: Path
     saved: Saved
-    nonzero: Mapping[str, int]
+    nonzero: Mapping[str, tuple[int, ...]]
     claims: tuple[Claim, ...]
     count: ParameterCount
     files: Future[_Files]
@@ -236,7 +437,7 @@ class Written:
         """Compares it with the original, measures both, and says all there is to say."""
         session, applied, saved = self.session, self.applied, self.saved
         run = _Run(
-            session.options,
+            dataclasses.replace(session.options, stages=self.plan.stages),  # as they were done
             session.source,
             session.base,
             applied.model,
@@ -262,7 +463,13 @@ class Written:
             ),
             output=OutputInfo(str(self.output), saved.format, files_after.sha256),
             plan=self.plan,
-            layers=_layer_rows(base.layers, model.layers, saved, self.nonzero, applied.blocked),
+            layers=_layer_rows(
+                (*base.layers, *_others_before(base, applied.others)),
+                (*model.layers, *applied.others),
+                saved,
+                self.nonzero,
+                applied.blocked,
+            ),
             skipped=model.skipped,
             before=before,
             after=now,
@@ -312,7 +519,7 @@ def written(session: Opened, applied: Applied, output: Path, plan: Plan) -> Iter
     with _folder_beside(output) as folder:
         progress(f"writing {output.name}")
         form = session.options.export if applied.pruned else ExportOptions("dense")
-        saved = model.save(applied.pruned, folder, output.name, form, _note(plan))
+        saved = model.save(applied.pruned, folder, output.name, form, provenance(plan))
         progress("verifying")
         described = session.pool.submit(_describe, saved.files)
         claim, nonzero = verify_weights(model, saved)
@@ -370,10 +577,6 @@ def _move(saved: Saved, output: Path, folder: Path) -> None:
         file.replace(output.with_name(file.name))
     if replaced and saved.format == "onnx" and len(saved.files) == 1:
         data_file(output).unlink(missing_ok=True)  # of the model that --force replaced
-
-
-def _note(plan: Plan) -> str:
-    return json.dumps({"version": __version__, "plan": dataclasses.asdict(plan)}, sort_keys=True)
 
 
 def _converted(source: LoadedModel, stack: contextlib.ExitStack) -> LoadedModel:
@@ -481,11 +684,21 @@ def require_layers(model: LoadedModel) -> None:
     )
 
 
+def _others_before(base: LoadedModel, others: Sequence[OtherLayer]) -> tuple[OtherLayer, ...]:
+    """Returns what Dense layers and embeddings were before units went."""
+    from rnnprune_cli.onnx_model import OnnxModel
+
+    if not others or not isinstance(base, OnnxModel):
+        return ()
+    known = {layer.name: layer for layer in base.others.layers}
+    return tuple(known.get(layer.name, layer) for layer in others)
+
+
 def _layer_rows(
-    before: Sequence[RecurrentLayer],
-    after: Sequence[RecurrentLayer],
+    before: Sequence[Layer],
+    after: Sequence[Layer],
     saved: Saved,
-    nonzero: Mapping[str, int],
+    nonzero: Mapping[str, tuple[int, ...]],
     blocked: Mapping[str, str],
 ) -> tuple[LayerRow, ...]:
     rows = []
@@ -493,8 +706,10 @@ def _layer_rows(
     for old in before:
         layer = now.get(old.name)
         weights = () if layer is None else layer.weights
-        left = sum(nonzero.get(w.name, w.nonzero) for w in weights)
+        counts = [nonzero.get(w.name, w.nonzero_by_gate) for w in weights]
+        left = sum(map(sum, counts))
         size = sum(w.size for w in weights)
+        size_before = sum(w.size for w in old.weights)
         rows.append(
             LayerRow(
                 name=old.name,
@@ -502,12 +717,18 @@ def _layer_rows(
                 direction=old.direction,
                 hidden_before=old.hidden_size,
                 hidden_after=0 if layer is None else layer.hidden_size,
-                weights_before=old.macs_per_step,
+                weights_before=size_before,
                 weights_after=size,
                 nonzero_after=left,
-                sparsity=1 - left / old.macs_per_step,
+                sparsity=1 - left / size_before,
                 stored=tuple(saved.exports.get(w.name, "dense") for w in weights),
                 blocked=blocked.get(old.name),
+                gates={
+                    letter: 1 - sum(c[k] for c in counts) * old.w.gates / size_before
+                    for k, letter in enumerate(
+                        ONNX_ORDER[old.op] if isinstance(old, RecurrentLayer) else ""
+                    )
+                },
             )
         )
     return tuple(rows)
@@ -524,6 +745,7 @@ def _verify(model: LoadedModel, saved: Saved, inputs: Inputs, threads: int) -> l
         return claims
     if model.format == "onnx" and saved.stored:
         unpruned = {weight.name: weight.read for weight in distinct_weights(model.layers)}
+        unpruned |= {name: stored.weight.read for name, stored in saved.stored.items()}
         claims.append(
             verify_same(
                 "with nothing removed, the weights that were found give the original's outputs",
@@ -557,7 +779,7 @@ class _Run:
     """The same without removed units."""
     saved: Saved
     inputs: Inputs
-    nonzero: Mapping[str, int]
+    nonzero: Mapping[str, tuple[int, ...]]
     counts: tuple[ParameterCount, ParameterCount]
     """Of the original, and of the model whose weights are pruned."""
 
@@ -584,37 +806,34 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Quality:
-    """What both models make of the data: the metric of each, and how far they are apart."""
+    """What both models make of the data: the metrics of each, and how far they are apart.
 
-    before: MetricValue | None
-    after: MetricValue | None
+    ``asked`` is whether the user gave labels, or named a metric that needs none.
+    """
+
+    before: tuple[MetricValue, ...]
+    after: tuple[MetricValue, ...]
+    asked: bool
     fidelity: tuple[OutputFidelity, ...]
 
 
 def _quality(run: _Run) -> _Quality:
-    outputs = run.original.outputs
-    names = [o.name for o in outputs]
-    comparison = Comparison(outputs)
-    if run.data is None:
-        both = (run_all(r, run.feeds, names) for r in (run.original, run.pruned))
-        for one, two in zip(*both, strict=True):
-            comparison.add(one, two)
-        return _Quality(None, None, comparison.rows())
-    metrics = [
-        Evaluation(run.data, outputs, run.options.metric)
-        for _ in ("before", "after")
-        if run.data.targets
-    ]
-    for start, stop in run.data.batches(BATCH):
-        feed = run.data.feed(start, stop)
-        results = [run_all(r, [feed], names)[0] for r in (run.original, run.pruned)]
-        comparison.add(results[0], results[1], run.data.valid(start, stop))
-        for metric, result in zip(metrics, results, strict=False):
-            metric.add(result, start, stop)
-    if not metrics:
-        return _Quality(None, None, comparison.rows())
-    before, after = metrics
-    return _Quality(before.value(), after.value(before.probabilities), comparison.rows())
+    outputs, data = run.original.outputs, run.data
+    quality = None if data is None else run.inputs.quality(data)
+    if quality is None:
+        comparison = Comparison(outputs)
+        given: Iterable[tuple[Feed, BoolArray | None]] = ((feed, None) for feed in run.feeds)
+        if data is not None:
+            given = ((data.feed(*some), data.valid(*some)) for some in data.batches(BATCH))
+        for feed, valid in given:
+            names = [o.name for o in outputs]
+            one, two = (run_all(r, [feed], names)[0] for r in (run.original, run.pruned))
+            comparison.add(one, two, valid)
+        return _Quality((), (), False, comparison.rows())
+    after, comparison = quality.compared(run.pruned)
+    named = any(name in LABEL_FREE for name in parse_metrics([run.options.metric]).values())
+    asked = named or (data is not None and bool(data.targets))
+    return _Quality(quality.dense, after, asked, comparison.rows())
 
 
 @dataclass(frozen=True)
@@ -649,8 +868,7 @@ def _measured(
         openers, feed, options.latency_seconds, rounds, options.seed
     )
     weights, left = distinct_weights(run.base.layers), distinct_weights(run.model.layers)
-    nonzero_left = sum(w.nonzero for w in left)
-    nonzero_after = sum(run.nonzero.get(w.name, w.nonzero) for w in left)
+    nonzero_after = sum(sum(run.nonzero.get(w.name, w.nonzero_by_gate)) for w in left)
     before = Measurement(
         parameters=run.counts[0].parameters,
         nonzero=run.counts[0].nonzero,
@@ -660,18 +878,22 @@ def _measured(
         gzip_bytes=files_before.gzip_bytes,
         macs_per_step=sum(layer.macs_per_step for layer in run.base.layers),
         latency_ms=latency_before,
-        metric=quality.before,
+        metric=quality.before[0] if quality.asked else None,
+        metrics=quality.before,
     )
     after = Measurement(
         parameters=run.counts[1].parameters,
-        nonzero=run.counts[1].nonzero - nonzero_left + nonzero_after,
+        nonzero=run.counts[1].nonzero
+        - sum(stored.weight.nonzero for stored in run.saved.stored.values())
+        + sum(sum(counts) for counts in run.nonzero.values()),
         recurrent_parameters=sum(w.size for w in left),
         recurrent_nonzero=nonzero_after,
         bytes=files_after.bytes,
         gzip_bytes=files_after.gzip_bytes,
         macs_per_step=sum(layer.macs_per_step for layer in run.model.layers),
         latency_ms=latency_after,
-        metric=quality.after,
+        metric=quality.after[0] if quality.asked else None,
+        metrics=quality.after,
     )
     ratios = Ratios(
         parameters=after.parameters / max(before.parameters, 1),
@@ -688,7 +910,7 @@ def _advice(run: _Run, gzip_estimated: bool) -> Iterator[str]:
     stages = run.options.stages
     removing = [stage for stage in stages if stage.sparsity > 0]
     for stage in stages:
-        if stage.sparsity == 0:
+        if stage.sparsity == 0 and not stage.include:
             what = f"{stage.granularity}s" if stage.granularity in STRUCTURES else "weights"
             yield f"sparsity 0 removes nothing; give --sparsity 0.5 to remove half of the {what}"
     if run.data is None and not stages:
@@ -696,7 +918,10 @@ def _advice(run: _Run, gzip_estimated: bool) -> Iterator[str]:
     elif run.data is None:
         yield "inputs were made up: give --data for outputs and a metric that mean something"
     elif stages and not run.data.targets:
-        yield "the data has no labels, so no metric was measured: add an array 'labels'"
+        yield (
+            "the data has no labels, so outputs were only held against the original's: add an array"
+            " 'labels' for a metric"
+        )
     if removing and run.options.masks and run.options.export.export == "dense":
         yield "zeros are stored like any weight: --export packed makes the file smaller"
     learns = any(s.compensate or find_method(s.method).needs_data for s in removing)
@@ -704,6 +929,11 @@ def _advice(run: _Run, gzip_estimated: bool) -> Iterator[str]:
         yield (
             "outputs and metric are measured on the data that the choice or the repair was worked"
             " out on, which flatters them: give other data with --calibration"
+        )
+    if any(target.name == DROP for target in run.options.targets):
+        yield (
+            "the sparsity was searched for on the data that the metric is measured on, which"
+            " flatters it: measure again on other data"
         )
     if run.source.format != run.base.format:
         yield (

@@ -9,7 +9,10 @@ where SparseGPT's update loses 0.37. The bias stays: refitting it, too, brought 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +25,8 @@ is taken."""
 DAMPING = 1e-2
 """The same for choosing, and where nothing is held out (Frantar & Alistarh 2023, section 4.1)."""
 _TRIED_ROWS = 64
+_MAX_THREADS = 8
+"""Each takes a few copies of H."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +48,62 @@ class RowInputs:
     samples: int
 
 
+class _Row:
+    """Solves for what stays of rows that read the same.
+
+    With S for what stays, Q for what is gone and G for H⁻¹,
+    ``(H_SS)⁻¹ = G_SS - G_SQ (G_QQ)⁻¹ G_QS``: the smaller of the two is solved for.
+
+    Args:
+        h: H, with its ridge.
+    """
+
+    def __init__(self, h: Array) -> None:
+        self._h = h
+        self._inverse: Array | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def whole(self) -> Array:
+        """The inverse of all of H, worked out by the first thread that wants it."""
+        with self._lock:
+            if self._inverse is None:
+                self._inverse = np.linalg.inv(self._h)
+            return self._inverse
+
+    def values(self, own: Array, stays: BoolArray) -> Array:
+        """Returns what a row becomes; zero where it does not stay."""
+        new = np.zeros_like(own)
+        count = np.count_nonzero(stays)
+        if 2 * count < len(own):
+            wanted = own @ self._h[:, stays]
+            new[stays] = np.linalg.solve(self._h[np.ix_(stays, stays)], wanted)
+        elif count < len(own):
+            lost = np.linalg.solve(self.whole[np.ix_(~stays, ~stays)], own[~stays])
+            new[stays] = own[stays] - lost @ self.whole[np.ix_(~stays, stays)]
+        else:
+            new[:] = own
+        return new
+
+    def diagonal(self, stays: BoolArray) -> Array:
+        """Returns the diagonal of the inverse of what stays; 1 where it does not."""
+        found = np.ones(len(stays))
+        if 2 * np.count_nonzero(stays) < len(stays):
+            found[stays] = np.diag(np.linalg.inv(self._h[np.ix_(stays, stays)]))
+            return found
+        across = self.whole[np.ix_(~stays, stays)]
+        shift = np.linalg.solve(self.whole[np.ix_(~stays, ~stays)], across)
+        found[stays] = np.diag(self.whole)[stays] - (across * shift).sum(axis=0)
+        return found
+
+
+def work(mask: BoolArray) -> float:
+    """Returns about how many operations :func:`surgeon` takes."""
+    stays = mask.sum(axis=1).astype(np.float64)
+    gone = mask.shape[1] - stays
+    return float(2 * np.where(stays < gone, stays**3, gone**2 * (stays + gone / 3)).sum())
+
+
 def surgeon(values: Array, mask: BoolArray, inputs: RowInputs) -> tuple[Array, Array]:
     """Returns the refitted rows and the diagonals of ``(H_SS)⁻¹``.
 
@@ -57,36 +118,39 @@ def surgeon(values: Array, mask: BoolArray, inputs: RowInputs) -> tuple[Array, A
     Returns:
         Two of float64 ``[len(inputs.rows), n]``: 0 and 1 where the mask is False.
     """
-    damped = _damped(inputs.every, DAMPING)
-    own = values[inputs.rows].astype(np.float64)
-    wanted = own @ damped
-    new, diagonals = np.zeros_like(own), np.ones_like(own)
-    whole = np.diag(np.linalg.inv(damped)) if mask[inputs.rows].all(axis=1).any() else None
-    for k, row in enumerate(inputs.rows):
-        stays = np.flatnonzero(mask[row])
-        if len(stays) == len(damped):
-            new[k], diagonals[k] = own[k], whole
-        elif len(stays):
-            inverse = np.linalg.inv(damped[np.ix_(stays, stays)])
-            new[k, stays], diagonals[k, stays] = wanted[k, stays] @ inverse, np.diag(inverse)
-    return new, diagonals
+    solver = _Row(_damped(inputs.every, DAMPING))
+    own, stays = values[inputs.rows].astype(np.float64), mask[inputs.rows]
+    return _each(solver.values, own, stays), _each(solver.diagonal, stays)
 
 
-def refit(values: Array, mask: BoolArray, inputs: Sequence[RowInputs]) -> Array:
+def refit(
+    values: Array,
+    mask: BoolArray,
+    inputs: Sequence[RowInputs],
+    told: Callable[[float], None] = lambda done: None,
+) -> Array:
     """Returns what the rows become, with the ridge that does best on held-out samples.
 
     Args:
         values: ``[rows, n]``: what the rows were.
         mask: bool ``[rows, n]``: what stays.
         inputs: What the rows read; together, all of them.
+        told: Called with the share of the rows that is done.
 
     Returns:
         float64 ``[rows, n]``.
     """
     ridge = _best_ridge(values, mask, inputs)
     new = np.zeros(values.shape)
+    done = 0
+
+    def count() -> None:
+        nonlocal done
+        done += 1
+        told(done / len(values))
+
     for part in inputs:
-        new[part.rows] = _solved(values, mask, part.rows, part.every, ridge)
+        new[part.rows] = _solved(values, mask, part.rows, part.every, ridge, count)
     return new
 
 
@@ -132,15 +196,25 @@ def _damped(h: Array, ridge: float) -> Array:
     return found
 
 
-def _solved(values: Array, mask: BoolArray, rows: Array, h: Array, ridge: float) -> Array:
-    damped = _damped(h, ridge)
-    own = values[rows].astype(np.float64)
-    wanted = own @ damped
-    new = np.zeros_like(own)
-    for k, row in enumerate(rows):
-        stays = np.flatnonzero(mask[row])
-        if len(stays) == len(h):
-            new[k] = own[k]
-        elif len(stays):
-            new[k, stays] = np.linalg.solve(damped[np.ix_(stays, stays)], wanted[k, stays])
-    return new
+def _solved(
+    values: Array,
+    mask: BoolArray,
+    rows: Array,
+    h: Array,
+    ridge: float,
+    count: Callable[[], None] = lambda: None,
+) -> Array:
+    solver = _Row(_damped(h, ridge))
+    return _each(solver.values, values[rows].astype(np.float64), mask[rows], count=count)
+
+
+def _each(
+    function: Callable[..., Array], *rows: Array, count: Callable[[], None] = lambda: None
+) -> Array:
+    """Calls a function for each row, some at a time: NumPy solves without the interpreter."""
+    found = []
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, _MAX_THREADS)) as pool:
+        for one in pool.map(function, *rows):
+            found.append(one)
+            count()
+    return np.stack(found)

@@ -1,12 +1,16 @@
-"""Writing small files so that they are whole or not there."""
+"""Writing small files so that they are whole or not there, and what models say of themselves."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import tempfile
 from pathlib import Path
 
+from rnnprune_cli import __version__
 from rnnprune_cli.errors import UsageError
+from rnnprune_cli.model import Plan
 
 
 def check_writable(path: Path, force: bool) -> None:
@@ -44,3 +48,8 @@ def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
+
+
+def provenance(plan: Plan) -> str:
+    """Returns what a written model says of where it comes from."""
+    return json.dumps({"version": __version__, "plan": dataclasses.asdict(plan)}, sort_keys=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from rnnprune_cli.errors import UsageError, closest
-from rnnprune_cli.model import Array, BoolArray, RecurrentLayer, Weight
+from rnnprune_cli.model import Array, BoolArray, Layer, Weight
 
 SCOPES = {
     "cell": "all weights of one direction of a layer, W and R; those of sigmoid gates count half",
@@ -64,7 +64,7 @@ class Pattern:
         rows: Rows of a block; none reaches over the end of a gate.
         columns: Columns of a block.
         bank: How many neighbours in a row are a bank, which all lose as many; 0 for none.
-        kept: How many of each bank stay, where that is not a matter of sparsity.
+        kept: How many of each bank stay, where that is not a matter of sparsity; see :meth:`part`.
     """
 
     rows: int = 1
@@ -77,6 +77,12 @@ class Pattern:
         """The only sparsity that there is, for n:m."""
         return None if self.kept is None else 1 - self.kept / self.bank
 
+    def part(self, share: float) -> Pattern:
+        """Returns what is removed on the way there; n:m then removes a share of what it will."""
+        if self.kept is None:
+            return self
+        return replace(self, kept=self.bank - round((self.bank - self.kept) * share))
+
     @property
     def scopes(self) -> Mapping[str, str]:
         """The scopes that it leaves a choice of."""
@@ -88,8 +94,14 @@ class Pattern:
             return scores
         starts = [_starts(n, size, g) for n, size, g in self._axes(scores.shape, gates)]
         sums = np.add.reduceat(np.add.reduceat(scores, starts[0], 1), starts[1], 2)
-        down, across = (np.diff(s, append=n) for s, n in zip(starts, scores.shape[1:], strict=True))
-        return np.asarray(sums / (down[:, None] * across).astype(scores.dtype))
+        return np.asarray(sums / self.sizes(scores.shape, gates).astype(scores.dtype))
+
+    def sizes(self, shape: tuple[int, ...], gates: int) -> NDArrayInt:
+        """Returns how many weights each block has, ``[blocks down, blocks across]``."""
+        down, across = (
+            np.diff(_starts(*axis), append=axis[0]) for axis in self._axes(shape, gates)
+        )
+        return np.asarray(down[:, None] * across)
 
     def spread(self, kept: BoolArray, shape: tuple[int, int, int], gates: int) -> BoolArray:
         """Returns the mask of the weights of what :meth:`pool` made blocks of."""
@@ -98,6 +110,14 @@ class Pattern:
         for axis, (n, size, parts) in enumerate(self._axes(shape, gates), start=1):
             kept = np.repeat(kept, np.diff(_starts(n, size, parts), append=n), axis)
         return kept
+
+    def uneven(self, weights: Iterable[Weight]) -> dict[Weight, NDArrayInt] | None:
+        """Returns :meth:`sizes` of weights; None if all blocks are of one size."""
+        if self.rows == self.columns == 1:
+            return None
+        sizes = {w: self.sizes(w.shape, w.gates) for w in weights}
+        ends = {int(end) for s in sizes.values() for end in (s.min(), s.max())}
+        return sizes if len(ends) > 1 else None
 
     def _axes(self, shape: tuple[int, ...], gates: int) -> list[tuple[int, int, int]]:
         return [(shape[1], self.rows, gates), (shape[2], self.columns, 1)]
@@ -163,7 +183,7 @@ def removed_per_group(groups: int, size: int, sparsity: float) -> NDArrayInt:
     return np.diff(ends)
 
 
-def families(layers: Iterable[RecurrentLayer]) -> list[tuple[Weight, ...]]:
+def families(layers: Iterable[Layer]) -> list[tuple[Weight, ...]]:
     """Groups weights whose rows belong together: W and R of a layer, and of layers sharing one.
 
     All weights of a family have the same directions and rows.
@@ -187,7 +207,7 @@ def select(
 
     The smallest scores of each competing group go; of equal scores those that come first. The
     number removed differs from ``sparsity`` by less than one weight, or block, in each group; in
-    banks, by up to half a weight.
+    banks, by up to half a weight, but one weight of each stays.
 
     Args:
         scores: Weight name → scores, shaped like the weight.
@@ -201,27 +221,54 @@ def select(
     """
     if pattern.bank:
         return {w.name: _select_banks(scores[w.name], pattern, sparsity) for w in family}
-    blocks = [pattern.pool(scores[w.name], w.gates) for w in family]
-    if scope == "global":
-        flat = np.concatenate([b.reshape(-1) for b in blocks])[None]
-        (kept,) = _select_rows([flat], removed_per_group(1, flat.size, sparsity))
-        parts = np.split(kept[0], np.cumsum([b.size for b in blocks])[:-1])
-        found = [part.reshape(b.shape) for b, part in zip(blocks, parts, strict=True)]
-    else:
-        found = []
-        for together in [[b] for b in blocks] if scope == "layer" else [blocks]:
-            directions, rows, _ = together[0].shape
+    blocks = {w: pattern.pool(scores[w.name], w.gates) for w in family}
+    found: dict[Weight, BoolArray] = {}
+    for together in [[w] for w in family] if scope == "layer" else [family]:
+        if scope == "global":
+            directions, groups = 1, 1
+        else:
+            directions, rows, _ = blocks[together[0]].shape
             groups = rows if scope == "row" else 1
-            matrices = [b.reshape(directions * groups, -1) for b in together]
+        matrices = [blocks[w].reshape(directions * groups, -1) for w in together]
+        sizes = pattern.uneven(together)
+        if sizes is None:
             # Rounding is spread within each direction, so that both lose the same.
             columns = sum(m.shape[1] for m in matrices)
             removed = np.tile(removed_per_group(groups, columns, sparsity), directions)
-            for block, kept in zip(together, _select_rows(matrices, removed), strict=True):
-                found.append(kept.reshape(block.shape))
-    return {
-        w.name: pattern.spread(kept, w.shape, w.gates)
-        for w, kept in zip(family, found, strict=True)
-    }
+            kept = _select_rows(matrices, removed)
+        else:
+            counts = [
+                np.broadcast_to(sizes[w], blocks[w].shape).reshape(m.shape)
+                for w, m in zip(together, matrices, strict=True)
+            ]
+            kept = _select_uneven(matrices, counts, groups, sparsity)
+        found.update((w, k.reshape(blocks[w].shape)) for w, k in zip(together, kept, strict=True))
+    return {w.name: pattern.spread(found[w], w.shape, w.gates) for w in family}
+
+
+def _select_uneven(
+    matrices: Sequence[Array], sizes: Sequence[NDArrayInt], groups: int, sparsity: float
+) -> list[BoolArray]:
+    """Marks all but the smallest scores of each row, such that the share of the weights is gone.
+
+    Args:
+        matrices: Scores of blocks, laid side by side.
+        sizes: How many weights each block has.
+        groups: What is rounded in one row is made up for in the next, in so many rows.
+        sparsity: Share of the weights to remove.
+    """
+    order = np.argsort(np.concatenate(matrices, axis=1), axis=1, kind="stable")
+    counts = np.take_along_axis(np.concatenate(sizes, axis=1), order, axis=1)
+    ends = np.cumsum(counts, axis=1)
+    middles = ends - counts / 2  # below it, the block would leave less too few than too many
+    kept = np.ones(order.shape, np.bool_)
+    left = 0.0
+    for row, middle in enumerate(middles):
+        left = sparsity * float(ends[row, -1]) + (left if row % groups else 0.0)
+        gone = int(np.searchsorted(middle, left))
+        kept[row, order[row, :gone]] = False
+        left -= float(ends[row, gone - 1]) if gone else 0.0
+    return np.split(kept, np.cumsum([m.shape[1] for m in matrices])[:-1], axis=1)
 
 
 def _select_banks(scores: Array, pattern: Pattern, sparsity: float) -> BoolArray:
@@ -254,8 +301,64 @@ def _select_rows(matrices: Sequence[Array], removed: NDArrayInt) -> list[BoolArr
         _keep_largest([m[rows] for m in matrices], removed[rows], [k[rows] for k in kept])
 
     with ThreadPoolExecutor() as pool:
-        list(pool.map(work, range(0, len(removed), step)))
+        if columns > _CHUNK_ELEMENTS:
+            for row, count in enumerate(removed):
+                _keep_of_long([m[row] for m in matrices], int(count), [k[row] for k in kept], pool)
+        else:
+            list(pool.map(work, range(0, len(removed), step)))
     return kept
+
+
+def _keep_of_long(
+    parts: Sequence[Array], removed: int, kept: Sequence[BoolArray], pool: ThreadPoolExecutor
+) -> None:
+    """Fills ``kept`` for one row that is too long to be copied; see :func:`_select_rows`."""
+    pieces = [
+        (part[start : start + _CHUNK_ELEMENTS], mask[start : start + _CHUNK_ELEMENTS])
+        for part, mask in zip(parts, kept, strict=True)
+        for start in range(0, len(part), _CHUNK_ELEMENTS)
+    ]
+    if not removed:
+        for _, mask in pieces:
+            mask[:] = True
+        return
+    threshold = _smallest([scores for scores, _ in pieces], removed, pool)
+
+    def mark(piece: tuple[Array, BoolArray]) -> int:
+        np.greater(piece[0], threshold, out=piece[1])
+        return int(np.count_nonzero(piece[1]))
+
+    missing = sum(map(len, parts)) - removed - sum(pool.map(mark, pieces))
+    for scores, mask in reversed(pieces):  # of equal scores those that come first go
+        if missing:
+            ties = np.flatnonzero(scores == threshold)[-missing:]
+            mask[ties] = True
+            missing -= len(ties)
+
+
+def _smallest(pieces: Sequence[Array], count: int, pool: ThreadPoolExecutor) -> Array:
+    """Returns the ``count``-th smallest of all scores, counted by their first 16 bits.
+
+    The bits of floating-point numbers, read as integers, sort as the numbers do if they are not
+    negative; -1 comes before all of them.
+    """
+    bits = pieces[0].dtype.itemsize * 8
+    kind = np.dtype(f"i{bits // 8}")
+
+    def first(scores: Array) -> NDArrayInt:
+        found: NDArrayInt = scores.view(kind) >> (bits - 16)
+        return found
+
+    def histogram(scores: Array) -> NDArrayInt:
+        return np.bincount(first(scores) + (1 << 15), minlength=1 << 16)
+
+    ends = np.cumsum(sum(pool.map(histogram, pieces)))
+    place = int(np.searchsorted(ends, count))
+    near = list(pool.map(lambda s: s[first(s) == place - (1 << 15)], pieces))
+    some = np.concatenate(near)
+    rank = count - (int(ends[place - 1]) if place else 0) - 1
+    some.partition(rank)
+    return np.asarray(some[rank])
 
 
 def _keep_largest(parts: Sequence[Array], removed: NDArrayInt, kept: Sequence[BoolArray]) -> None:
@@ -274,7 +377,7 @@ def _keep_largest(parts: Sequence[Array], removed: NDArrayInt, kept: Sequence[Bo
         missing -= np.count_nonzero(mask, axis=1)
     # Equal scores at the threshold fill the count from the front; the rest of them stay.
     for row in np.flatnonzero(missing):
-        ties = np.flatnonzero(np.concatenate([p[row] for p in parts]) == threshold[row])
+        ties = np.flatnonzero(np.concatenate([p[row] == threshold[row] for p in parts]))
         stay = np.zeros(block.shape[1], np.bool_)
         stay[ties[len(ties) - missing[row] :]] = True
         ends = np.cumsum([p.shape[1] for p in parts])[:-1]

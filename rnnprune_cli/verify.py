@@ -38,18 +38,19 @@ def run_all(runner: Runner, feeds: Sequence[Feed], names: Sequence[str]) -> list
     return results
 
 
-def verify_weights(model: LoadedModel, saved: Saved) -> tuple[Claim, dict[str, int]]:
+def verify_weights(model: LoadedModel, saved: Saved) -> tuple[Claim, dict[str, tuple[int, ...]]]:
     """Reads every pruned weight back from the written file and compares it bit by bit.
 
     Returns:
-        The claim, and weight name → how many written values are not zero.
+        The claim, and weight name → how many written values are not zero, for each gate (block of
+        rows), over both directions.
     """
     largest = 0.0
-    nonzero: dict[str, int] = {}
+    nonzero: dict[str, tuple[int, ...]] = {}
     for name, written in model.read_back(saved):
         stored = saved.stored[name]
         if written.shape != stored.weight.shape or written.dtype != stored.weight.dtype:
-            nonzero[name], largest = 0, float("inf")
+            nonzero[name], largest = (0,) * stored.weight.gates, float("inf")
             continue
         nonzero[name], difference = _compare_rows(written, stored)
         largest = max(largest, difference)
@@ -59,16 +60,23 @@ def verify_weights(model: LoadedModel, saved: Saved) -> tuple[Claim, dict[str, i
     return Claim(claim, largest == 0, largest, 0.0), nonzero
 
 
-def _compare_rows(written: Array, stored: StoredWeight) -> tuple[int, float]:
+def _compare_rows(written: Array, stored: StoredWeight) -> tuple[tuple[int, ...], float]:
     """Counts what is not zero, and measures the largest difference (infinite for other bits).
 
-    Some rows at a time, on all cores: NumPy computes without holding the interpreter.
+    Some rows of a gate at a time, on all cores: NumPy computes without holding the interpreter.
     """
-    matrix = written.reshape(-1, written.shape[2])
-    step = max(1, _CHUNK_ELEMENTS // written.shape[2])
+    directions, rows, columns = written.shape
+    matrix, gates = written.reshape(-1, columns), stored.weight.gates
+    step, block = max(1, _CHUNK_ELEMENTS // columns), rows // gates
+    places = [
+        (gate, start, min(start + step, (gate + 1) * block))
+        for gate in range(directions * gates)
+        for start in range(gate * block, (gate + 1) * block, step)
+    ]
 
-    def work(start: int) -> tuple[int, float]:
-        found, wanted = matrix[start : start + step], stored.rows(start, start + step)
+    def work(place: tuple[int, int, int]) -> tuple[int, float]:
+        _, start, stop = place
+        found, wanted = matrix[start:stop], stored.rows(start, stop)
         count = int(np.count_nonzero(found))
         if np.array_equal(_bits(found), _bits(wanted)):
             return count, 0.0
@@ -76,8 +84,11 @@ def _compare_rows(written: Array, stored: StoredWeight) -> tuple[int, float]:
         return count, float(np.abs(found.astype(np.float64) - wanted).max()) or float("inf")
 
     with ThreadPoolExecutor() as pool:
-        counts, differences = zip(*pool.map(work, range(0, len(matrix), step)), strict=True)
-    return sum(counts), max(differences)
+        done = list(pool.map(work, places))
+    counts = [0] * gates
+    for (gate, _, _), (count, _) in zip(places, done, strict=True):
+        counts[gate % gates] += count
+    return tuple(counts), max(difference for _, difference in done)
 
 
 def verify_same(

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from rnnprune_cli.errors import RnnpruneError
-from rnnprune_cli.hessians import LayerInputs
+from rnnprune_cli.hessians import UNREACHED, LayerInputs
 from rnnprune_cli.methods import Method
 from rnnprune_cli.methods import method as find_method
 from rnnprune_cli.model import (
     Array,
     BoolArray,
     Gradients,
+    Layer,
     Pruned,
-    RecurrentLayer,
     Repair,
     Stage,
     StoredWeight,
     Weight,
     WeightFigures,
 )
-from rnnprune_cli.refit import RowInputs, error, refit, surgeon
+from rnnprune_cli.refit import RowInputs, error, refit, surgeon, work
 from rnnprune_cli.select import ACROSS_GATES, families, gate_scale, parse_pattern, select
 
 MAX_FLOPS = 1e12
@@ -61,25 +61,23 @@ class WeightTask:
         earlier: What earlier stages made of weights.
         inputs: Layer name → what it reads on data; empty without data.
         gradients: Weight name → gradients on data; empty where nobody asks for them.
-        shares: Layer name → sparsity, where it is not that of the stage.
     """
 
-    layers: Sequence[RecurrentLayer]
-    chosen: Sequence[RecurrentLayer]
+    layers: Sequence[Layer]
+    chosen: Sequence[Layer]
     stage: Stage
     seed: int
     progress: Callable[[str], None]
     earlier: Pruned = field(default_factory=dict)
     inputs: Mapping[str, LayerInputs] = field(default_factory=dict)
     gradients: Mapping[str, Gradients] = field(default_factory=dict)
-    shares: Mapping[str, float] = field(default_factory=dict)
 
-    def share(self, layer: RecurrentLayer) -> float:
+    def share(self, layer: Layer) -> float:
         """Returns what a layer is to lose."""
-        return self.shares.get(layer.name, self.stage.sparsity)
+        return self.stage.shares.get(layer.name, self.stage.sparsity)
 
 
-def distinct_weights(layers: Sequence[RecurrentLayer]) -> tuple[Weight, ...]:
+def distinct_weights(layers: Sequence[Layer]) -> tuple[Weight, ...]:
     """Returns the weights of layers, each once, in order."""
     return tuple(dict.fromkeys(w for layer in layers for w in layer.weights))
 
@@ -98,18 +96,20 @@ def prune_weights(task: WeightTask) -> PrunedWeights:
     weights = _free_weights(task, method, blocked)
     every = [tuple(w for w in f if w in weights) for f in families(task.layers)]
     every = [family for family in every if family]
-    joint = [_Joint(task, family) for family in every]
-    for together in [joint] if task.stage.scope == "global" else [[one] for one in joint]:
-        _prune(task, method, together, weights)
+    # Layers with shares of their own do not compete.
+    compete = task.stage.scope == "global" and not task.stage.shares
     repairs: list[Repair] = []
     pruned: dict[str, StoredWeight] = {}
-    for one in joint:
-        pruned.update(one.result(repairs))
+    for competing in [every] if compete else [[family] for family in every]:
+        together = [_Joint(task, family) for family in competing]
+        _prune(task, method, together, weights)
+        for one in together:
+            pruned.update(one.result(repairs))
     if not any(_removes(stored, task.earlier) for stored in pruned.values()):
         if blocked and len(blocked) == len(task.layers):
             name, why = next((n, w) for n, w in blocked.items() if w != "not selected")
             raise RnnpruneError(f"nothing can be pruned: '{name}': {why}", "see --method magnitude")
-        if task.stage.sparsity > 0:
+        if task.stage.sparsity > 0 or any(task.stage.shares.values()):
             raise _nothing_removed(task)
     return PrunedWeights(pruned, blocked, tuple(repairs))
 
@@ -126,9 +126,13 @@ def _free_weights(task: WeightTask, method: Method, blocked: dict[str, str]) -> 
     if method.needs_data:
         for layer in task.chosen:
             inputs = task.inputs.get(layer.name)
-            if inputs is not None and inputs.problem is not None:
-                why = f"method '{method.name}' cannot see what it reads: {inputs.problem}"
-                protected.update(dict.fromkeys(layer.weights, why))
+            if inputs is None or inputs.problem is None:
+                continue
+            why = f"method '{method.name}' cannot see what it reads: {inputs.problem}"
+            unknown = set(layer.weights)
+            if inputs.problem == UNREACHED:
+                unknown -= {w for other in _watched(task) for w in other.weights}
+            protected.update(dict.fromkeys(unknown, why))
     free: dict[Weight, int] = {}
     for number, weight in enumerate(distinct_weights(task.layers)):
         users = [layer for layer in task.chosen if weight in layer.weights]
@@ -138,6 +142,15 @@ def _free_weights(task: WeightTask, method: Method, blocked: dict[str, str]) -> 
             if weight in protected:
                 blocked[layer.name] = protected[weight]
     return free
+
+
+def _watched(task: WeightTask) -> list[Layer]:
+    """Returns the layers of which it is known what they read."""
+    return [
+        layer
+        for layer in task.chosen
+        if layer.name in task.inputs and task.inputs[layer.name].problem is None
+    ]
 
 
 class _Joint:
@@ -166,8 +179,12 @@ class _Joint:
 
     def _row_inputs(self) -> list[RowInputs]:
         """Returns what the rows of the family read, added up over the layers that use it."""
-        known = [self._task.inputs.get(layer.name) for layer in self._layers]
-        if any(inputs is None or inputs.problem is not None for inputs in known):
+        watched = [layer for layer in self._layers if layer in _watched(self._task)]
+        for layer in self._layers:
+            inputs = self._task.inputs.get(layer.name)
+            if layer not in watched and (inputs is None or inputs.problem != UNREACHED):
+                return []
+        if not watched:
             return []
         directions, rows, _ = self.family[0].shape
         gates, n = self.family[0].gates, int(self._ends[-1])
@@ -176,8 +193,8 @@ class _Joint:
         for d in range(directions):
             for part in parts:
                 sums, counts = np.zeros((2, n, n)), np.zeros(2)
-                for layer, inputs in zip(self._layers, known, strict=True):
-                    assert inputs is not None
+                for layer in watched:
+                    inputs = self._task.inputs[layer.name]
                     own, read = self._columns(layer)
                     for held in (0, 1):
                         total, count = inputs.of_gate(part[0]).sums(bool(held))
@@ -196,7 +213,7 @@ class _Joint:
                 )
         return found
 
-    def _columns(self, layer: RecurrentLayer) -> tuple[Array, Array]:
+    def _columns(self, layer: Layer) -> tuple[Array, Array]:
         """Returns which columns of the family a layer reads with, and at which places of [x, h]."""
         own, read, start = [], [], 0
         for weight in layer.weights:
@@ -231,7 +248,8 @@ class _Joint:
             own = self.matrix(values)
             squares, inverses = np.empty(own.shape), np.empty(own.shape)
             mask = self._mask()
-            surgery = method.rounds > 1 and self._flops(mask) <= MAX_FLOPS
+            mask &= own != 0  # what is zero in the file stays so
+            surgery = method.rounds > 1 and work(mask) <= MAX_FLOPS
             new = np.empty(own.shape) if surgery else own
             for part in self.inputs:
                 squares[part.rows] = np.diag(part.every)
@@ -251,11 +269,6 @@ class _Joint:
             for w in self.family
         }
 
-    def _flops(self, mask: BoolArray) -> float:
-        """Returns what the inverses of a round take; rows that are whole share one."""
-        left = mask.sum(axis=1)
-        return 2 * float((left[left < mask.shape[1]].astype(np.float64) ** 3).sum())
-
     def result(self, repairs: list[Repair]) -> dict[str, StoredWeight]:
         """Returns what becomes of the weights, and adds what is to be said of the repair."""
         before = {w.name: self.earlier(w) for w in self.family}
@@ -264,17 +277,22 @@ class _Joint:
         if task.stage.compensate and task.inputs:
             names = ", ".join(layer.name for layer in self._layers)
             if self.inputs:
-                task.progress(f"refitting {names}")
-                own, mask = self.matrix(before), self._mask()
-                fitted = refit(own, mask, self.inputs)
-                if np.isfinite(fitted).all():
-                    new = {w.name: self.split(fitted)[w.name].astype(w.dtype) for w in self.family}
+                own = self.matrix(before)
+                # What is zero in the file stays so: no layer is to become denser than it was.
+                told = _Told(f"refitting {names}", task.progress)
+                fitted = refit(own, self._mask() & (own != 0), self.inputs, told)
+                with np.errstate(over="ignore"):
+                    parts = self.split(fitted)
+                    new = {w.name: parts[w.name].astype(w.dtype) for w in self.family}
+                if all(np.isfinite(values).all() for values in new.values()):
                     held = all(part.held is not None for part in self.inputs)
                     left = error(own, fitted, self.inputs, held=True) if held else None
                     samples = min(part.samples for part in self.inputs)
                     repairs.append(Repair(names, samples, left))
                 else:
-                    repairs.append(Repair(names, 0, None, "what it reads is not finite"))
+                    new = {}
+                    why = "what it reads, or its repair, is not finite"
+                    repairs.append(Repair(names, 0, None, why))
             else:
                 problem = next(
                     task.inputs[layer.name].problem
@@ -301,7 +319,6 @@ def _prune(
     family = tuple(w for one in together for w in one.family)
     share = together[0].share if pattern.sparsity is None else pattern.sparsity
     for turn in range(1, method.rounds + 1):
-        last = turn == method.rounds
         task.progress(
             f"scoring {', '.join(w.name for w in family[:2])}"
             + (f", round {turn} of {method.rounds}" if method.rounds > 1 else "")
@@ -313,15 +330,41 @@ def _prune(
                 if task.stage.scope in ACROSS_GATES and not method.in_loss:
                     own *= gate_scale(figures.weight)
                 if name in one.masks:
-                    own[~one.masks[name]] = -1  # what is gone stays so
+                    # What is gone stays so; a block counts by what is left of it.
+                    mask, gates = one.masks[name], figures.weight.gates
+                    own[~mask] = 0
+                    left = pattern.pool(mask.astype(np.float32), gates)
+                    own[~pattern.spread(left > 0, mask.shape, gates)] = -1
                 scores[name] = own
-        asked = pattern if last else dataclasses.replace(pattern, kept=None)
-        masks = select(scores, family, task.stage.scope, share * turn / method.rounds, asked)
+        part = turn / method.rounds
+        masks = select(scores, family, task.stage.scope, share * part, pattern.part(part))
         for one in together:
             one.masks = {
                 w.name: masks[w.name] & one.masks[w.name] if w.name in one.masks else masks[w.name]
                 for w in one.family
             }
+
+
+class _Told:
+    """Tells how far something is, every second.
+
+    Args:
+        what: What it is.
+        progress: Where to tell it.
+    """
+
+    def __init__(self, what: str, progress: Callable[[str], None]) -> None:
+        self._what = what
+        self._progress = progress
+        self._begin = self._last = time.perf_counter()
+        progress(what)
+
+    def __call__(self, done: float) -> None:
+        """Takes the share that is done."""
+        now = time.perf_counter()
+        if now > self._last + 1:
+            self._last, left = now, (now - self._begin) * (1 - done) / done
+            self._progress(f"{self._what}, about {left:.0f} s left")
 
 
 def _removes(stored: StoredWeight, earlier: Pruned) -> bool:
@@ -337,7 +380,11 @@ def _removes(stored: StoredWeight, earlier: Pruned) -> bool:
 
 def _nothing_removed(task: WeightTask) -> RnnpruneError:
     weights = distinct_weights(task.layers)
-    share = 1 - sum(w.nonzero for w in weights) / sum(w.size for w in weights)
+    left = sum(
+        np.count_nonzero(task.earlier[w.name]()) if w.name in task.earlier else w.nonzero
+        for w in weights
+    )
+    share = 1 - left / sum(w.size for w in weights)
     return RnnpruneError(
         f"sparsity {task.stage.sparsity:g} removes not a single weight: {share:.2f} of them are"
         " zero already, or the layers are too small, or share their weights with others",

@@ -180,6 +180,7 @@ def prune_model(tmp_path: Path) -> Prune:
         force: bool = False,
         signature: str | None = None,
         metric: str = "auto",
+        include: Sequence[str] = (),
     ) -> Report:
         if isinstance(model, onnx.ModelProto):
             path = tmp_path / "model.onnx"
@@ -191,7 +192,14 @@ def prune_model(tmp_path: Path) -> Prune:
             output=output or tmp_path / "out.onnx",
             stages=(
                 Stage(
-                    method, granularity, scope, sparsity, tuple(layers), tuple(exclude), compensate
+                    method,
+                    granularity,
+                    scope,
+                    sparsity,
+                    tuple(layers),
+                    tuple(exclude),
+                    compensate,
+                    include=tuple(include),
                 ),
             ),
             seed=seed,

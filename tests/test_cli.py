@@ -56,7 +56,7 @@ def test_json_is_one_document_on_stdout_and_in_the_report(model, tmp_path):
     } <= document.keys()  # fmt: skip
     assert set(document["before"]) == {
         "parameters", "nonzero", "recurrent_parameters", "recurrent_nonzero", "bytes", "gzip_bytes",
-        "macs_per_step", "latency_ms", "metric",
+        "macs_per_step", "latency_ms", "metric", "metrics",
     }  # fmt: skip
     assert set(document["ratios"]["latency"]) == {"median", "low", "high"}
     assert document["after"]["bytes"] == (tmp_path / "model.pruned.onnx").stat().st_size

@@ -7,13 +7,18 @@ import itertools
 import numpy as np
 import onnx
 import pytest
-from conftest import initializers, recurrent_model, run, weights
+from cells import layer_model
+from conftest import GRAPHS, initializers, recurrent_model, run, two_layers, weights
 
+from rnnprune_cli.errors import RnnpruneError
 from rnnprune_cli.methods import methods
 from rnnprune_cli.model import GATES
-from rnnprune_cli.select import SCOPES
+from rnnprune_cli.select import SCOPES, parse_pattern
 
-DATA_FREE = [name for name, m in methods().items() if m.weight is not None and not m.needs_data]
+LATER = ("gradient",)
+"""Methods that these tests do not cover."""
+METHODS = [name for name, m in methods().items() if m.weight is not None and name not in LATER]
+DATA_FREE = [name for name in METHODS if not methods()[name].needs_data]
 VARIANTS = [
     (op, direction, bias, reset)
     for op, direction, bias in itertools.product(
@@ -164,3 +169,179 @@ def test_values_that_are_not_rounded_are_named(prune_model):
     report = prune_model(recurrent_model(hidden=3, inputs=2), 0.5, values="int8")
     assert report.layers[0].stored == ("dense", "dense")
     assert any("not rounded" in warning for warning in report.warnings)
+
+
+# With data
+
+PATTERNS = ("weight", "block:4x2", "bank:4", "nm:2:4")
+CHOICES = [(g, scope) for g in PATTERNS for scope in parse_pattern(g).scopes]
+LENGTHS = np.array([9, 1, 4, 9, 6, 2, 9, 5, 3, 8])
+DATA = np.random.default_rng(6).standard_normal((10, 9, 7)).astype(np.float32)
+"""[samples, steps, features]"""
+
+
+def padded(junk: float) -> np.ndarray:
+    beyond = np.arange(9)[None, :, None] >= LENGTHS[:, None, None]
+    return np.where(beyond, np.float32(junk), DATA)
+
+
+def tensors_of(op: str, direction: str, bias: bool = True) -> dict[str, np.ndarray]:
+    made = weights(op, 9, 7, 2 if direction == "bidirectional" else 1, 0)
+    return made if bias else {name: made[name] for name in "WR"}
+
+
+CASES = [
+    (method, variant, CHOICES[(k + 3 * m) % len(CHOICES)])
+    for m, method in enumerate(METHODS)
+    for k, variant in enumerate(VARIANTS)
+]
+
+
+@pytest.mark.parametrize(("method", "variant", "choice"), CASES)
+def test_what_padding_holds_changes_not_a_byte(prune_model, tmp_path, method, variant, choice):
+    op, direction, bias, reset = variant
+    granularity, scope = choice
+    asked = parse_pattern(granularity).sparsity or 0.6
+    model = layer_model(op, direction, tensors_of(op, direction, bias), reset)
+    written = []
+    for name, junk in (("one", 0.0), ("two", 1000.0)):
+        data = tmp_path / f"{name}.npz"
+        np.savez(data, x=padded(junk), lengths=LENGTHS)
+        report = prune_model(
+            model,
+            asked,
+            method=method,
+            granularity=granularity,
+            scope=scope,
+            calibration=data,
+            output=tmp_path / f"{name}.onnx",
+        )
+        written.append((tmp_path / f"{name}.onnx").read_bytes())
+        assert all(claim.passed for claim in report.verification)
+        # Rows of sixteen weights, of which four in a bank are three in the end; blocks are of 8.
+        assert report.layers[0].sparsity == pytest.approx(asked, abs=0.11)
+        (repair,) = report.repairs
+        assert repair.problem is None and repair.samples == LENGTHS.sum()
+    assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("layout", [0, 1])
+@pytest.mark.parametrize("op", sorted(GATES))
+@pytest.mark.parametrize("method", METHODS)
+def test_states_and_lengths_may_be_inputs(prune_model, tmp_path, method, op, layout):
+    extra = ((4, "lengths"), (5, "start_h"), (6, "start_c"))[: 3 if op == "LSTM" else 2]
+    model = layer_model(
+        op, "bidirectional", tensors_of(op, "bidirectional"), extra=extra, layout=layout
+    )
+    rng = np.random.default_rng(1)
+    states = {n: rng.standard_normal((10, 2, 9)).astype(np.float32) for _, n in extra[1:]}
+    data = tmp_path / "data.npz"
+    np.savez(data, x=padded(7.0), lengths=LENGTHS.astype(np.int32), **states)
+    report = prune_model(model, 0.6, method=method, data=data)
+    assert all(claim.passed for claim in report.verification)
+    assert report.layers[0].sparsity == pytest.approx(0.6, abs=0.01)
+    (repair,) = report.repairs
+    assert repair.problem is None and repair.samples == LENGTHS.sum()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+@pytest.mark.parametrize("op", sorted(GATES))
+@pytest.mark.parametrize("method", METHODS)
+def test_every_precision_can_be_refitted(prune_model, tmp_path, method, op, dtype):
+    tensors = {name: values.astype(dtype) for name, values in tensors_of(op, "reverse").items()}
+    model = layer_model(op, "reverse", tensors, dtype=dtype)
+    np.savez(tmp_path / "data.npz", x=DATA)
+    report = prune_model(model, 0.6, method=method, data=tmp_path / "data.npz", export="dense")
+    assert all(claim.passed for claim in report.verification)
+    assert [repair.problem for repair in report.repairs] == [None]
+    original, written = initializers(model), initializers(tmp_path / "out.onnx")
+    assert all(written[name].dtype == dtype for name in original)
+    assert any(
+        (written[name][written[name] != 0] != values[written[name] != 0]).any()
+        for name, values in original.items()
+    )
+
+
+@pytest.mark.parametrize("copy", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_what_layers_share_stays_the_same_in_both(prune_model, tmp_path, method, copy):
+    data = tmp_path / "data.npz"
+    np.savez(data, x=DATA[:, :, None])
+    model = two_layers(share_r=not copy, copy=copy)
+    prune_model(model, 0.6, method=method, data=data, export="dense")
+    written = initializers(tmp_path / "out.onnx")
+    first, second = (
+        {index: written[node.input[index]] for index in (1, 2)}
+        for node in onnx.load(str(tmp_path / "out.onnx")).graph.node
+    )
+    assert np.array_equal(first[2], second[2])
+    assert np.array_equal(first[1], second[1]) == copy
+    for own in (first, second):
+        assert all((values == 0).any() for values in own.values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sparsity_zero_changes_nothing_with_data_either(prune_model, tmp_path, method):
+    np.savez(tmp_path / "data.npz", x=DATA)
+    for op in GATES:
+        model = layer_model(op, "bidirectional", tensors_of(op, "bidirectional"))
+        prune_model(
+            model, 0.0, method=method, data=tmp_path / "data.npz", export="dense", force=True
+        )
+        written = initializers(tmp_path / "out.onnx")
+        for name, values in initializers(model).items():
+            assert np.array_equal(written[name], values)
+
+
+def data_of(name: str, tmp_path):
+    """Saves the inputs that a graph comes with as a data set of one sample, or of its batch."""
+    with np.load(GRAPHS / f"{name}.npz") as stored:
+        given = {k.removeprefix("input:"): stored[k] for k in stored if k.startswith("input:")}
+    np.savez(tmp_path / "data.npz", **{k: v[None] for k, v in given.items()})
+    return tmp_path / "data.npz"
+
+
+@pytest.mark.parametrize("name", ["hand_function_constants", "hand_function_weight_inputs"])
+@pytest.mark.parametrize("method", METHODS)
+def test_layers_in_functions_are_pruned_and_refitted(prune_model, tmp_path, method, name):
+    report = prune_model(GRAPHS / f"{name}.onnx", 0.6, method=method, data=data_of(name, tmp_path))
+    assert all(claim.passed for claim in report.verification)
+    assert report.repairs and all(repair.problem is None for repair in report.repairs)
+    for row in report.layers:
+        assert row.blocked is None and row.sparsity == pytest.approx(0.6, abs=0.01)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_branch_that_data_never_take_is_blocked_by_name(prune_model, tmp_path, method):
+    """Each branch of an If has a layer; the sum of x is never below zero."""
+    from test_hessians import branching
+
+    model, _ = branching()
+    data = tmp_path / "data.npz"
+    np.savez(data, x=np.abs(DATA[:, :, None, :3]))
+    report = prune_model(model, 0.6, method=method, data=data)
+    rows = {row.name: row for row in report.layers}
+    assert rows["then"].sparsity == pytest.approx(0.6, abs=0.02)
+    if methods()[method].needs_data:
+        why = f"method '{method}' cannot see what it reads: the data never reach it"
+        assert rows["else"].blocked == why and rows["else"].sparsity == 0
+    else:
+        assert rows["else"].blocked is None
+        assert rows["else"].sparsity == pytest.approx(0.6, abs=0.02)
+        said = {repair.reader: repair.problem for repair in report.repairs}
+        assert said == {"then": None, "else": "the data never reach it"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_cell_of_a_loop_that_stays_cannot_be_watched(prune_model, tmp_path, method):
+    path = GRAPHS / "keras3_masked_lstm.onnx"
+    data = data_of("keras3_masked_lstm", tmp_path)
+    if methods()[method].needs_data:
+        with pytest.raises(RnnpruneError, match=f"'{method}' cannot see .* it is in a loop"):
+            prune_model(path, 0.6, method=method, data=data)
+        return
+    report = prune_model(path, 0.6, method=method, data=data)
+    assert {repair.problem for repair in report.repairs} == {
+        "it is in a loop, where it cannot be watched"
+    }
+    assert all(row.sparsity == pytest.approx(0.6, abs=0.02) for row in report.layers)

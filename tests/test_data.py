@@ -185,16 +185,27 @@ def test_a_model_with_steps_first_takes_whole_feeds(tmp_path):
         ({"x": np.zeros((2, 4, 3), np.float32), "lengths": np.ones((2, 2), int)}, "lengths"),
         ({"x": np.zeros((2, 4, 3), np.float32), "labels": np.ones(2, complex)}, "complex"),
         (
-            {"x": np.zeros((2, 4, 3), np.float32), "labels": np.ones(2), "target:y": np.ones(2)},
-            "several targets",
+            {"x": np.zeros((2, 4, 3), np.float32), "labels": np.ones(2), "target:y": np.ones(3)},
+            "'y' has shape",
         ),
     ],
-    ids=["nan", "overflow", "empty", "lengths", "complex", "two targets"],
+    ids=["nan", "overflow", "empty", "lengths", "complex", "second target"],
 )
 def test_data_that_prove_nothing_are_refused(tmp_path, arrays, words):
     np.savez(tmp_path / "d.npz", **arrays)
     with pytest.raises(RnnpruneError, match=words):
         load_dataset(tmp_path / "d.npz", [X])
+
+
+def test_each_output_may_have_its_target(tmp_path):
+    targets = {"target:a": np.ones((2, 4)), "target:b:c": np.zeros(2), "labels": np.ones(2, int)}
+    np.savez(tmp_path / "d.npz", x=np.zeros((2, 4, 3), np.float32), **targets)
+    data = load_dataset(tmp_path / "d.npz", [X])
+    assert {name: a.shape for name, a in data.targets.items()} == {
+        "a": (2, 4),
+        "b:c": (2,),
+        "": (2,),
+    }
 
 
 def test_integers_that_do_not_fit_are_refused(tmp_path):
@@ -228,3 +239,30 @@ def test_lengths_that_the_model_is_told_count_as_lengths(tmp_path):
     data = load_dataset(path, specs)
     assert data.lengths is not None and data.lengths.tolist() == [7, 2, 4]
     assert data.take(np.array([1]), 2)["x"].shape == (1, 2, 2)
+
+
+def test_padding_is_told_from_the_sequences_not_from_states(tmp_path):
+    path = tmp_path / "data.npz"
+    np.savez(
+        path,
+        state=np.zeros((3, 8), np.float32),
+        x=np.ones((3, 7, 2), np.float32),
+        lengths=np.array([5, 2, 4]),
+    )
+    specs = [
+        TensorSpec("state", np.dtype(np.float32), ("batch", 8)),
+        TensorSpec("x", np.dtype(np.float32), ("batch", "time", 2)),
+    ]
+    valid = load_dataset(path, specs).valid(1, 3)
+    assert valid is not None and valid.sum(axis=1).tolist() == [2, 4] and valid.shape == (2, 7)
+
+
+def test_padding_is_told_in_feeds_that_hold_the_steps_first(tmp_path):
+    path = tmp_path / "data.npz"
+    lengths = np.array([5, 2, 4])
+    spec = TensorSpec("x", np.dtype(np.float32), ("seq", "batch", 2))
+    np.savez(path, x=np.ones((3, 7, 1, 2), np.float32), lengths=lengths)
+    valid = load_dataset(path, [spec]).valid(1, 2)
+    assert valid is not None and valid.tolist() == [[True] * 2 + [False] * 5]
+    np.savez(path, x=np.ones((3, 7, 4, 2), np.float32), lengths=lengths)  # of which of the four?
+    assert load_dataset(path, [spec]).valid(1, 2) is None

@@ -1,11 +1,20 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rnnprune_cli.errors import UsageError
 from rnnprune_cli.model import RecurrentLayer, Weight
-from rnnprune_cli.select import SCOPES, families, removed_per_group, select
+from rnnprune_cli.select import (
+    SCOPES,
+    Pattern,
+    families,
+    parse_pattern,
+    removed_per_group,
+    select,
+)
 
 
 def weight(name: str, values: np.ndarray) -> Weight:
@@ -85,6 +94,31 @@ def test_many_rows_are_selected_as_few_are(monkeypatch):
     assert np.array_equal(whole, select({"W": scores}, family, "row", 0.7)["W"])
 
 
+@given(
+    st.integers(0, 1 << 20),
+    st.integers(0, 4),
+    st.floats(0, 0.999),
+    st.sampled_from(["cell", "layer", "global"]),
+    st.sampled_from([np.float32, np.float64]),
+)
+@settings(max_examples=150, deadline=None)
+def test_long_rows_are_selected_as_short_ones_are(seed, levels, sparsity, scope, dtype):
+    """With ties, zeros, what is gone already, and scores of very different sizes."""
+    rng = np.random.default_rng(seed)
+    scores = {}
+    for name, width in (("W", 13), ("R", 8)):
+        own = rng.integers(0, levels, (2, 8, width)) if levels else rng.random((2, 8, width))
+        own = own * 10.0 ** rng.integers(-3, 4, own.shape) if seed % 2 else own
+        scores[name] = np.where(rng.random(own.shape) < 0.1, -1, own).astype(dtype)
+    family = [weight(n, s) for n, s in scores.items()]
+    whole = select(scores, family, scope, sparsity)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rnnprune_cli.select._CHUNK_ELEMENTS", 24)
+        parts = select(scores, family, scope, sparsity)
+    for name in scores:
+        assert np.array_equal(whole[name], parts[name])
+
+
 def test_sparsity_zero_keeps_everything():
     scores = np.zeros((1, 4, 4), np.float32)
     for scope in SCOPES:
@@ -110,3 +144,109 @@ def test_layers_that_share_a_weight_are_one_family():
         RecurrentLayer("b", "RNN", "forward", 3, 4, two, shared),
     ]
     assert [[w.name for w in f] for f in families(layers)] == [["c.W"], ["a.W", "R", "b.W"]]
+
+
+# Blocks and banks
+
+
+def naive_blocks(values: np.ndarray, gates: int, rows: int, columns: int) -> list[tuple]:
+    """The places of each block, gate by gate, in order."""
+    each = values.shape[0] // gates
+    return [
+        (slice(top, min(top + rows, (g + 1) * each)), slice(left, left + columns))
+        for g in range(gates)
+        for top in range(g * each, (g + 1) * each, rows)
+        for left in range(0, values.shape[1], columns)
+    ]
+
+
+@given(
+    st.sampled_from([1, 3, 4]),
+    st.integers(1, 7),
+    st.integers(1, 9),
+    st.integers(1, 8),
+    st.integers(1, 10),
+)
+@settings(max_examples=100, deadline=None)
+def test_a_block_counts_by_its_mean_and_ends_with_its_gate(gates, hidden, width, rows, columns):
+    values = np.random.default_rng(hidden).random((1, gates * hidden, width))
+    pattern = Pattern(rows, columns)
+    places = naive_blocks(values[0], gates, rows, columns)
+    found = pattern.pool(values, gates)
+    np.testing.assert_allclose(found.reshape(-1), [values[0][place].mean() for place in places])
+    assert pattern.sizes(values.shape, gates).reshape(-1).tolist() == [
+        values[0][place].size for place in places
+    ]
+    chosen = found > 0.5
+    mask = pattern.spread(chosen, values.shape, gates)
+    for place, kept in zip(places, chosen.reshape(-1), strict=True):
+        assert np.all(mask[0][place] == kept)
+
+
+@given(
+    st.integers(1, 12),
+    st.integers(1, 12),
+    st.integers(2, 5),
+    st.integers(1, 5),
+    st.floats(0, 0.99),
+)
+@settings(max_examples=100, deadline=None)
+def test_of_blocks_the_smallest_go_whatever_their_size(hidden, width, rows, columns, sparsity):
+    scores = np.random.default_rng(width).random((1, hidden, width))
+    own = weight("W", scores)
+    pattern = Pattern(rows, columns)
+    (mask,) = select({"W": scores}, [own], "layer", sparsity, pattern).values()
+    pooled = pattern.pool(scores, 1)
+    kept = pattern.pool(mask.astype(np.float32), 1) == 1
+    assert pooled[~kept].max(initial=-1) <= pooled[kept].min(initial=2)
+    largest = pattern.sizes(scores.shape, 1).max()
+    assert abs((~mask).sum() - sparsity * mask.size) <= largest / 2 + 1e-9
+
+
+def test_rows_of_uneven_blocks_make_up_for_each_other():
+    """Each row of nine wants 4.5, in blocks of 4, 4 and 1: rounding alone would take 4 of each."""
+    scores = np.random.default_rng(0).random((1, 40, 9))
+    (mask,) = select({"W": scores}, [weight("W", scores)], "row", 0.5, Pattern(1, 4)).values()
+    assert abs((~mask).sum() - 180) <= 2
+
+
+@given(st.integers(1, 20), st.integers(2, 8), st.integers(1, 7), st.floats(0, 0.99))
+@settings(max_examples=100, deadline=None)
+def test_every_bank_loses_as_many(width, bank, kept, sparsity):
+    scores = np.random.default_rng(width).random((2, 6, width))
+    kept = min(kept, bank - 1)
+    for pattern in (Pattern(bank=bank), Pattern(bank=bank, kept=kept)):
+        (mask,) = select({"W": scores}, [weight("W", scores)], "row", sparsity, pattern).values()
+        for start in range(0, width, bank):
+            own, score = mask[:, :, start : start + bank], scores[:, :, start : start + bank]
+            n = own.shape[2]
+            gone = round(n * sparsity) if pattern.kept is None else max(0, n - kept)
+            assert np.all((~own).sum(axis=2) == min(gone, n - 1))
+            lowest = np.where(own, score, 2).min(axis=2)
+            assert np.all(np.where(own, -1, score).max(axis=2) <= lowest)
+
+
+@given(st.integers(1, 8), st.integers(2, 9), st.floats(0, 1), st.floats(0, 1))
+def test_on_the_way_to_n_of_m_no_more_goes_than_in_the_end(kept, bank, one, two):
+    pattern = Pattern(bank=bank, kept=min(kept, bank - 1))
+    early, late = (pattern.part(share).kept for share in sorted((one, two)))
+    assert bank >= early >= late >= pattern.kept
+    assert pattern.part(1.0) == pattern
+    assert Pattern(2, 3).part(one) == Pattern(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("block:0x2", "not of the form block:RxC"),
+        ("block:4", "not of the form block:RxC"),
+        ("bank:1", "not of the form bank:N"),
+        ("nm:4:4", "not of the form nm:N:M"),
+        ("nm:0:4", "not of the form nm:N:M"),
+        ("blocks:2x2", "there is no granularity 'blocks:2x2'"),
+    ],
+)
+def test_patterns_that_make_no_sense_are_refused(text, words):
+    with pytest.raises(UsageError) as error:
+        parse_pattern(text)
+    assert words in error.value.message and error.value.hint

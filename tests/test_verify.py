@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from conftest import GRAPHS, recurrent_model, two_layers
 
-from rnnprune_cli import onnx_model
+from rnnprune_cli import onnx_model, verify
 from rnnprune_cli.errors import ExitCode, NotEquivalentError
-from rnnprune_cli.model import UNCHANGED
+from rnnprune_cli.load import load
+from rnnprune_cli.model import GATES, UNCHANGED, ExportOptions, StoredWeight
 from rnnprune_cli.rewrite import packed, place
-from rnnprune_cli.verify import verify_same
+from rnnprune_cli.verify import verify_same, verify_weights
 
 
 def expect_refusal(prune_model, tmp_path, model=None, **options):
@@ -47,7 +48,9 @@ def test_a_misplaced_position_is_refused(prune_model, tmp_path, monkeypatch):
 
 def test_a_weight_that_was_not_masked_is_refused(prune_model, tmp_path, monkeypatch):
     right = place.lazy_tensor
-    monkeypatch.setattr(place, "lazy_tensor", lambda weight, read: right(weight, weight.read))
+    monkeypatch.setattr(
+        place, "lazy_tensor", lambda weight, read, *more: right(weight, weight.read, *more)
+    )
     expect_refusal(prune_model, tmp_path, export="dense")
 
 
@@ -119,3 +122,25 @@ def test_another_shape_type_or_integer_fails():
 def test_equal_nans_are_equal():
     a = np.array([1.0, np.nan, np.inf], np.float32)
     assert verify_same("same", [[a]], [[a.copy()]]).passed
+
+
+@pytest.mark.parametrize("chunk", [1, 500, 1 << 20])
+@pytest.mark.parametrize("direction", ["forward", "bidirectional"])
+@pytest.mark.parametrize("op", sorted(GATES))
+def test_what_is_left_of_each_gate_is_counted(tmp_path, monkeypatch, op, direction, chunk):
+    monkeypatch.setattr(verify, "_CHUNK_ELEMENTS", chunk)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(recurrent_model(op, direction, hidden=10).SerializeToString())
+    model, rng = load(path), np.random.default_rng(0)
+    weights = model.layers[0].weights
+    pruned = {w.name: StoredWeight(w, rng.random(w.shape) < 0.3) for w in weights}
+    (tmp_path / "out").mkdir()
+    saved = model.save(pruned, tmp_path / "out", "out.onnx", ExportOptions("dense"), "")
+    claim, nonzero = verify_weights(model, saved)
+    assert claim.passed
+    for weight in weights:
+        blocks = np.split(pruned[weight.name](), GATES[op], axis=1)
+        assert nonzero[weight.name] == tuple(np.count_nonzero(block) for block in blocks)
+        whole = np.split(weight.read(), GATES[op], axis=1)
+        assert weight.nonzero_by_gate == tuple(np.count_nonzero(block) for block in whole)
+        assert weight.nonzero == np.count_nonzero(weight.read())

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rnnprune_cli import __version__
 from rnnprune_cli.errors import RnnpruneError
 from rnnprune_cli.methods import Method
-from rnnprune_cli.model import LoadedModel, RemovableUnits, Report
+from rnnprune_cli.model import LoadedModel, RemovableUnits, Report, SensitivityReport
 
 SCHEMA_VERSION = 1
 
@@ -25,6 +25,19 @@ def report_document(report: Report) -> dict[str, Any]:
     """Returns the document of a run that came to its end."""
     fields = dataclasses.asdict(report)
     fields["fidelity"] = {"outputs": fields["fidelity"]}
+    arguments = fields.pop("arguments")
+    return {**header(), "arguments": arguments, "status": "ok", **fields}
+
+
+def family_document(reports: Sequence[Report], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the document of a family of models."""
+    models = [report_document(report) for report in reports]
+    return {**header(), "arguments": dict(arguments), "status": "ok", "models": models}
+
+
+def sensitivity_document(report: SensitivityReport) -> dict[str, Any]:
+    """Returns the document of sensitivity curves."""
+    fields = dataclasses.asdict(report)
     arguments = fields.pop("arguments")
     return {**header(), "arguments": arguments, "status": "ok", **fields}
 

@@ -14,13 +14,13 @@ from rnnprune_cli.methods import Method
 from rnnprune_cli.model import (
     Lift,
     LoadedModel,
-    Measurement,
     RecurrentLayer,
     RemovableUnits,
     Repair,
     Report,
     Skipped,
 )
+from rnnprune_cli.options import STRUCTURES
 
 
 def report_table(report: Report) -> RenderableType:
@@ -49,7 +49,30 @@ def report_table(report: Report) -> RenderableType:
             for c in report.verification
         )
     )
-    return _stacked([*parts, *_warnings(report.warnings)])
+    return stacked([*parts, *warning_lines(report.warnings)])
+
+
+def family_table(reports: Sequence[Report]) -> RenderableType:
+    """Returns a line for each model of a family."""
+    table = plain_table("model", "plan", "size", "not zero", "latency", "metric", right=(2, 3, 4))
+    for report in reports:
+        after, ratios = report.after, report.ratios
+        latency = ratios.latency
+        table.add_row(
+            report.output.path,
+            _plan(report),
+            f"{ratios.bytes:.3f}",
+            f"{ratios.nonzero:.3f}",
+            ""
+            if latency is None
+            else f"{latency.median:.3f}  [{latency.low:.3f}, {latency.high:.3f}]",
+            ""
+            if after.metric is None or report.before.metric is None
+            else f"{after.metric.name} {report.before.metric.value:.4f} → {after.metric.value:.4f}",
+        )
+    head = Text.assemble((printable(reports[0].model.path), "bold"), "   after ÷ before:")
+    warnings = dict.fromkeys(warning for report in reports for warning in report.warnings)
+    return stacked([head, table, *warning_lines(list(warnings))])
 
 
 def _plan(report: Report) -> str:
@@ -62,7 +85,7 @@ def _plan(report: Report) -> str:
 
 
 def _figures(report: Report) -> Table:
-    table = _table("", "before", "after", "after ÷ before", right=(1, 2, 3))
+    table = plain_table("", "before", "after", "after ÷ before", right=(1, 2, 3))
     before, after, ratios = report.before, report.after, report.ratios
     table.add_row(
         "parameters",
@@ -97,21 +120,24 @@ def _figures(report: Report) -> Table:
             _milliseconds(after.latency_ms.median),
             f"{r.median:.3f}  [{r.low:.3f}, {r.high:.3f}]",
         )
-    if before.metric and after.metric:
-        arrow = "↑" if before.metric.higher_is_better else "↓"
+    for one, two in zip(before.metrics, after.metrics, strict=True):
+        whose = f" of {one.output}" if len(before.metrics) > 1 else ""
         table.add_row(
-            f"{before.metric.name} {arrow}",
-            _metric(before),
-            _metric(after),
-            f"{after.metric.value - before.metric.value:+.4f}",
+            f"{one.name}{whose} {'↑' if one.higher_is_better else '↓'}",
+            f"{one.value:.4f}",
+            f"{two.value:.4f}",
+            f"{two.value - one.value:+.4f}",
         )
     return table
 
 
 def _layers(report: Report) -> Table:
-    columns = ("layer", "op", "hidden", "weights", "not zero", "sparsity", "stored", "")
-    table = _table(*columns, right=(2, 3, 4, 5))
+    masks = any(stage.granularity not in STRUCTURES for stage in report.plan.stages)
+    by_gate = ("by gate",) if masks else ()
+    columns = ("layer", "op", "hidden", "weights", "not zero", "sparsity", *by_gate, "stored", "")
+    table = plain_table(*columns, right=(2, 3, 4, 5))
     for row in report.layers:
+        gates = " ".join(f"{letter} {_share(share)}" for letter, share in row.gates.items())
         table.add_row(
             row.name,
             row.op if row.direction == "forward" else f"{row.op} {row.direction}",
@@ -121,6 +147,7 @@ def _layers(report: Report) -> Table:
             _count(row.weights_after),
             _count(row.nonzero_after),
             f"{row.sparsity:.4f}",
+            *((gates,) if masks else ()),
             "/".join(dict.fromkeys(row.stored)),
             row.blocked or (f"was {was}" if (was := _was(row.name, report.lifts)) else ""),
         )
@@ -129,7 +156,7 @@ def _layers(report: Report) -> Table:
 
 def _repairs(repairs: Sequence[Repair]) -> Table:
     columns = ("repaired", "on", "left unexplained", "")
-    table = _table(*columns, right=(1, 2))
+    table = plain_table(*columns, right=(1, 2))
     for row in repairs:
         table.add_row(
             row.reader,
@@ -154,7 +181,7 @@ def _was(name: str, lifts: Sequence[Lift]) -> str:
 
 
 def _fidelity(report: Report) -> Table:
-    table = _table(
+    table = plain_table(
         f"output, {'pruned' if report.plan.stages else 'lifted'} against original",
         "largest",
         "mean difference",
@@ -175,7 +202,7 @@ def _fidelity(report: Report) -> Table:
 
 def skipped_table(skipped: Iterable[Skipped]) -> Table:
     """Returns what is recurrent but cannot be pruned."""
-    table = _table("skipped", "why", "what would help")
+    table = plain_table("skipped", "why", "what would help")
     for row in skipped:
         table.add_row(row.name, row.reason, row.hint)
     return table
@@ -192,7 +219,7 @@ def inspect_table(model: LoadedModel, units: Sequence[RemovableUnits]) -> Render
         Text.assemble((printable(str(model.path)), "bold"), f"   {head}")
     ]
     columns = ("layer", "op", "inputs", "hidden", "can go", "weights", "zeros", "shares", "was")
-    table = _table(*columns, right=(2, 3, 4, 5, 6))
+    table = plain_table(*columns, right=(2, 3, 4, 5, 6))
     can_go = {layer.layer: layer for layer in units}
     owners: dict[str, str] = {}
     for layer in model.layers:
@@ -217,11 +244,13 @@ def inspect_table(model: LoadedModel, units: Sequence[RemovableUnits]) -> Render
         parts.append(_held_units(held))
     if model.skipped:
         parts.append(skipped_table(model.skipped))
-    return _stacked([*parts, *_warnings(model.warnings)])
+    return stacked([*parts, *warning_lines(model.warnings)])
 
 
 def _held_units(layers: Iterable[RemovableUnits]) -> Table:
-    table = _table("hidden units of", "go with those of", "cannot all go, because", "what helps")
+    table = plain_table(
+        "hidden units of", "go with those of", "cannot all go, because", "what helps"
+    )
     for layer in layers:
         table.add_row(layer.layer, ", ".join(layer.coupled), layer.blocked or "", layer.hint)
     return table
@@ -239,28 +268,29 @@ def methods_table(
     exports: Mapping[str, str],
 ) -> RenderableType:
     """Returns every method, granularity, scope and export form."""
-    criteria = _table("--method", "--granularity", "what it scores", "paper")
+    criteria = plain_table("--method", "--granularity", "what it scores", "paper")
     for m in methods:
         criteria.add_row(m.name, ", ".join(m.scores), m.summary, m.paper)
-    together = _table("--granularity", "what is removed together")
+    together = plain_table("--granularity", "what is removed together")
     for name, summary in granularities.items():
         together.add_row(name, summary)
-    competition = _table("--granularity", "--scope", "within what the scores compete")
+    competition = plain_table("--granularity", "--scope", "within what the scores compete")
     for granularity, known in scopes.items():
         for name, summary in known.items():
             competition.add_row(granularity, name, summary)
-    forms = _table("--export", "how pruned weights are stored")
+    forms = plain_table("--export", "how pruned weights are stored")
     for name, summary in exports.items():
         forms.add_row(name, summary)
     return Group(criteria, Text(), together, Text(), competition, Text(), forms)
 
 
-def _warnings(warnings: Sequence[str]) -> list[RenderableType]:
+def warning_lines(warnings: Sequence[str]) -> list[RenderableType]:
+    """Returns the warnings, marked as such; nothing if there are none."""
     marked = [Text.assemble(("! ", "yellow"), printable(warning)) for warning in warnings]
     return [Text("\n").join(marked)] if marked else []
 
 
-def _stacked(parts: Sequence[RenderableType]) -> RenderableType:
+def stacked(parts: Sequence[RenderableType]) -> RenderableType:
     """Puts a blank line between parts."""
     return Group(*(item for part in parts for item in (Text(), part)), Text())
 
@@ -270,10 +300,12 @@ class _PlainTable(Table):
 
     def add_row(self, *cells: RenderableType | None, **options: Any) -> None:  # noqa: ANN401
         """Adds a row."""
-        super().add_row(*(Text(printable(str(c))) for c in cells), **options)
+        texts = (c if isinstance(c, Text) else Text(printable(str(c))) for c in cells)
+        super().add_row(*texts, **options)
 
 
-def _table(*columns: str, right: tuple[int, ...] = ()) -> Table:
+def plain_table(*columns: str, right: tuple[int, ...] = ()) -> Table:
+    """Returns an empty table without lines; the columns in ``right`` are set to the right."""
     table = _PlainTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for k, column in enumerate(columns):
         table.add_column(column, justify="right" if k in right else "left", overflow="fold")
@@ -296,5 +328,5 @@ def _milliseconds(value: float) -> str:
     return f"{value * 1000:.1f} µs" if value < 1 else f"{value:.3f} ms"
 
 
-def _metric(measurement: Measurement) -> str:
-    return f"{measurement.metric.value:.4f}" if measurement.metric else ""
+def _share(value: float) -> str:
+    return f"{value:.2f}".removeprefix("0")

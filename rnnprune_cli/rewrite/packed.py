@@ -168,8 +168,13 @@ def emit(packed: Packed, build: Builder, name: str) -> ir.Value:
     if packed.scale is None:
         shaped = build.node("Reshape", [flat, shape])
         return build.node("Cast", [shaped], output=name, to=target)
-    wide = build.node("Cast", [build.node("Reshape", [flat, shape])], to=target)
-    scale = build.constant(f"{name}/scale", packed.scale)
+    # In half precision, onnxruntime would multiply in single precision and not always round then.
+    half = packed.dtype == np.float16
+    own = np.dtype(np.float32) if half else packed.dtype
+    wide = _cast(build, build.node("Reshape", [flat, shape]), own.type)
+    scale = build.constant(f"{name}/scale", packed.scale.astype(own))
+    if half:
+        return build.node("Cast", [build.node("Mul", [wide, scale])], output=name, to=target)
     return build.node("Mul", [wide, scale], output=name)
 
 

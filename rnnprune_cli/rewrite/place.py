@@ -1,4 +1,4 @@
-"""Putting new weights where recurrent operators read them, in an onnx-ir model.
+"""Putting new weights where layers read them, in an onnx-ir model.
 
 Where a weight is an initializer or a Constant of its own, its value is replaced and keeps its name.
 Where it was computed, is shared with something that is not pruned, or needs unpacking, the new one
@@ -13,7 +13,7 @@ from typing import BinaryIO
 import numpy as np
 import onnx_ir as ir
 
-from rnnprune_cli.find import Site, exclusive
+from rnnprune_cli.find import Layout, Site, exclusive, laid_out
 from rnnprune_cli.graph import Walker, stored_tensor
 from rnnprune_cli.model import Array, StoredWeight, Weight
 from rnnprune_cli.rewrite import packed
@@ -22,14 +22,24 @@ from rnnprune_cli.rewrite.build import MIN_IR_INITIALIZERS, Builder, value_names
 _CHUNK_ELEMENTS = 1 << 20
 
 
-def lazy_tensor(weight: Weight, read: Callable[[], Array]) -> ir.LazyTensor:
-    """Returns a tensor that is computed when it is written, so that few are in memory at once."""
-    if isinstance(read, StoredWeight):
+def lazy_tensor(
+    weight: Weight, read: Callable[[], Array], layout: Layout = "stack"
+) -> ir.LazyTensor:
+    """Returns a tensor that is computed when it is written, so that few are in memory at once.
+
+    Args:
+        weight: The weight.
+        read: Returns its values, in its own shape.
+        layout: How they lie in the tensor.
+    """
+    if isinstance(read, StoredWeight) and layout == "stack":
         return _MaskedTensor(read)
+    _, rows, columns = weight.shape
+    shapes = {"stack": weight.shape, "rows": (rows, columns), "columns": (columns, rows)}
     return ir.LazyTensor(
-        lambda: ir.tensor(np.ascontiguousarray(read())),
+        lambda: ir.tensor(np.ascontiguousarray(laid_out(read(), layout))),
         dtype=ir.DataType.from_numpy(weight.dtype),
-        shape=ir.Shape(weight.shape),
+        shape=ir.Shape(shapes[layout]),
     )
 
 
@@ -91,13 +101,13 @@ class Placer:
         own = alone and stored_tensor(old) is not None
         if own and form != "packed":
             self._placed.add(id(old))
-            self._set(old, lazy_tensor(weight, read))
+            self._set(old, lazy_tensor(weight, read, site.layout))
             return old.name or ""
         # Where all readers see it: beside the old one, which a caller may pass to a function.
         root = self._walker.root(old.graph if alone else site.node.graph)
         key = (weight.name, id(root))
         if key not in self._made:
-            self._made[key] = self._make(root, weight, read, form)
+            self._made[key] = self._make(root, weight, read, form, site.layout)
         new = self._made[key]
         if alone:
             old.replace_all_uses_with(new)
@@ -109,7 +119,12 @@ class Placer:
         return new.name or ""
 
     def _make(
-        self, root: ir.Graph, weight: Weight, read: Callable[[], Array], form: str
+        self,
+        root: ir.Graph,
+        weight: Weight,
+        read: Callable[[], Array],
+        form: str,
+        layout: Layout,
     ) -> ir.Value:
         if id(root) not in self._builders:
             old = self._walker.model.ir_version < MIN_IR_INITIALIZERS
@@ -122,8 +137,11 @@ class Placer:
         build = self._builders[id(root)]
         if form == "packed":
             name = build.unique(weight.name)
-            return packed.emit(packed.pack(read(), self._values, build.opset), build, name)
-        return build.constant(weight.name, lazy_tensor(weight, read))
+            values = read() if layout == "stack" else read()[0]
+            made = packed.emit(packed.pack(values, self._values, build.opset), build, name)
+            # Packed row by row, as rounding and reading back go: each has a scale of its own.
+            return build.node("Transpose", [made], perm=[1, 0]) if layout == "columns" else made
+        return build.constant(weight.name, lazy_tensor(weight, read, layout))
 
     def _set(self, value: ir.Value, tensor: ir.LazyTensor) -> None:
         if value.is_initializer():

@@ -88,9 +88,7 @@ def look_at_units(task: Task) -> Units:
     return Units(coupling, found, scores)
 
 
-def remove_units(
-    task: Task, shares: Mapping[str, float] | None = None, known: Units | None = None
-) -> Shrunk:
+def remove_units(task: Task, known: Units | None = None) -> Shrunk:
     """Removes hidden units and repairs what reads them.
 
     1. Find what goes with each unit; watch what is read of units on real data; score.
@@ -101,7 +99,6 @@ def remove_units(
 
     Args:
         task: The task.
-        shares: Layer name → sparsity, where it is not that of the stage.
         known: Result of :func:`look_at_units`, if there is one.
 
     Raises:
@@ -112,9 +109,11 @@ def remove_units(
     units = known or look_at_units(task)
     coupling, found = units.coupling, units.found
     root = coupling.classes.of(np.arange(len(coupling.classes)))
-    chosen = choose(coupling, units.scores[root], task.names, stage.sparsity, stage.scope, shares)
+    chosen = choose(
+        coupling, units.scores[root], task.names, stage.sparsity, stage.scope, stage.shares
+    )
     removed = chosen.removed
-    if not removed.any() and (stage.sparsity > 0 or any((shares or {}).values())):
+    if not removed.any() and (stage.sparsity > 0 or any(stage.shares.values())):
         raise nothing_removed(model, chosen.blocked, stage)
     folds: Folds = {}
     repairs: list[Repair] = []

@@ -1,0 +1,209 @@
+"""An ONNX model as a TensorFlow module with trainable weights.
+
+1. Every floating-point constant with several elements that some node reads becomes a variable.
+2. A call walks the nodes in order. What follows from constants and known sizes alone is evaluated
+   at once and stays a NumPy array, so that axes and sizes are known; the rest becomes part of the
+   TensorFlow function that is being traced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from rnnprune_cli.errors import RnnpruneError
+from rnnprune_cli.find import is_recurrent
+from rnnprune_cli.graph import stored_tensor
+from rnnprune_cli.model import Array
+from rnnprune_cli.tensorflow.runtime import first_line
+from rnnprune_cli.trainer import control, elementwise, layout, products, recurrent, reductions
+from rnnprune_cli.trainer.call import Call, Operator, Unsupported, Value, is_known, tf
+
+OPERATORS: dict[str, Operator] = {
+    **elementwise.OPERATORS,
+    **layout.OPERATORS,
+    **reductions.OPERATORS,
+    **products.OPERATORS,
+    **recurrent.OPERATORS,
+    **control.OPERATORS,
+}
+"""Operator of the default domain → function; others are refused by name."""
+
+_STATISTICS = {"BatchNormalization": (3, 4)}
+"""Inputs that hold what training has measured, and gradients do not change."""
+
+Site = tuple[str, int]
+"""Name of a node, and which of its inputs."""
+Overrides = Mapping[Site, Any]
+
+
+class GraphModule(tf.Module):  # type: ignore[misc]  # TensorFlow has no types
+    """A model without functions, such as :func:`rnnprune_cli.shrink.task.prepared` returns.
+
+    It gives what onnxruntime gives, within rounding, for inputs of any size that the model takes,
+    and can be called within a ``tf.function``. Values that are half precision in the file are
+    single precision here.
+
+    Args:
+        model: The model; not changed.
+        overrides: (name of a recurrent operator, input index) → variable that it reads there
+            instead: W at 1 and R at 2, in ONNX layout.
+        dtype: A type for all real numbers; None for those of the file.
+
+    Attributes:
+        weights: Name of an initializer or output of a Constant → its variable.
+        inputs: Names of what a call needs.
+
+    Raises:
+        RnnpruneError: If the model has an operator that is not supported.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        overrides: Overrides | None = None,
+        dtype: np.dtype[Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self._graph = model.graph
+        self._opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 1))
+        self._overrides = dict(overrides or {})
+        self._dtype = dtype
+        self._check()
+        self.weights: dict[str, Any] = {}
+        self._variables: dict[int, Any] = {}
+        for value, trainable in self._constants():
+            name = value.name or "constant"
+            while name in self.weights:  # branches may use the same names
+                name += "'"
+            variable = tf.Variable(self._array(value), trainable=trainable, name="weight")
+            self.weights[name] = self._variables[id(value)] = variable
+        stored = model.graph.initializers
+        self.inputs = [v.name or "" for v in model.graph.inputs if v.name not in stored]
+
+    def __call__(self, feed: Mapping[str, Value]) -> dict[str, Any]:
+        """Evaluates the model.
+
+        Args:
+            feed: Input name → tensor, as the model's inputs say.
+
+        Returns:
+            Output name → tensor.
+
+        Raises:
+            RnnpruneError: If an operator cannot do what a node asks for, or an input is missing.
+        """
+        environment: dict[int, Value] = {}
+        for value in self._graph.inputs:
+            name = value.name or ""
+            if name in feed:
+                given = tf.convert_to_tensor(feed[name])
+                dtype = self._real(np.dtype(given.dtype.as_numpy_dtype))
+                environment[id(value)] = tf.cast(given, dtype)
+            elif name in self.inputs:
+                raise RnnpruneError(f"no value for input '{name}'", "give an array for each input")
+        results = self._run(self._graph, environment)
+        return {
+            value.name or "": tf.convert_to_tensor(result)
+            for value, result in zip(self._graph.outputs, results, strict=True)
+        }
+
+    def _check(self) -> None:
+        for node in self._graph.all_nodes():
+            default = node.domain in ("", "ai.onnx")
+            name = node.op_type if default else f"{node.domain}.{node.op_type}"
+            if name not in OPERATORS:
+                raise RnnpruneError(
+                    f"operator {name} ('{node.name}') cannot be differentiated here",
+                    "methods that need no gradients work",
+                )
+
+    def _constants(self) -> Iterator[tuple[ir.Value, bool]]:
+        """Yields the constants that become variables, and whether they are trained."""
+        for graph in (self._graph, *self._graph.subgraphs()):
+            values = list(graph.initializers.values())
+            values += [n.outputs[0] for n in graph if n.op_type == "Constant"]
+            for value in values:
+                tensor = stored_tensor(value)
+                if tensor is None or not tensor.dtype.is_floating_point() or tensor.size < 2:
+                    continue
+                uses = [u for u in value.uses() if self._override(u.node, u.idx) is None]
+                if uses or value.is_graph_output():
+                    statistics = all(u.idx in _STATISTICS.get(u.node.op_type, ()) for u in uses)
+                    yield value, not statistics
+
+    def _override(self, node: ir.Node, index: int) -> Value:
+        """Returns what a recurrent operator reads instead of an input; other names may repeat."""
+        return self._overrides.get((node.name or "", index)) if is_recurrent(node) else None
+
+    def _real(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
+        """Returns the type in which values of a type are computed."""
+        if dtype.kind in "iub":
+            return dtype
+        if self._dtype is not None:
+            return self._dtype
+        return dtype if dtype == np.float64 else np.dtype(np.float32)
+
+    def _array(self, value: ir.Value) -> Array:
+        tensor = stored_tensor(value)
+        assert tensor is not None
+        array = tensor.numpy()
+        return array.astype(self._real(array.dtype))
+
+    def _run(self, graph: ir.Graph, environment: dict[int, Value]) -> list[Value]:
+        """Evaluates the nodes of a graph; the environment holds its inputs and what is around."""
+        for value in graph.initializers.values():
+            if id(value) not in environment:  # not fed
+                environment[id(value)] = self._stored(value)
+        for node in graph:
+            outputs = self._node(node, environment)
+            environment.update(
+                {id(v): made for v, made in zip(node.outputs, outputs, strict=False)}
+            )
+        return [environment[id(value)] for value in graph.outputs]
+
+    def _stored(self, value: ir.Value) -> Value:
+        if id(value) in self._variables:
+            return tf.convert_to_tensor(self._variables[id(value)])
+        return self._array(value) if value.uses() or value.is_graph_output() else None
+
+    def _node(self, node: ir.Node, environment: dict[int, Value]) -> Sequence[Value]:
+        if node.op_type == "Constant" and id(node.outputs[0]) in self._variables:
+            return [self._stored(node.outputs[0])]
+        inputs = [None if value is None else environment[id(value)] for value in node.inputs]
+        for k in range(len(inputs)):
+            override = self._override(node, k)
+            inputs[k] = inputs[k] if override is None else override
+
+        def run(graph: ir.Graph, values: Sequence[Value]) -> list[Value]:
+            own = {id(v): given for v, given in zip(graph.inputs, values, strict=True)}
+            return self._run(graph, {**environment, **own})
+
+        attributes = {name: attr.value for name, attr in node.attributes.items()}
+        used = [k for k, v in enumerate(node.outputs) if k == 0 or v.uses() or v.is_graph_output()]
+        call = Call(node.op_type, self._opset, attributes, used[-1] + 1, self._real, run)
+        operator = OPERATORS[node.op_type]
+        folds = node.op_type not in control.OPERATORS and all(
+            value is None or is_known(value) for value in inputs
+        )
+        try:
+            if not folds:
+                made = operator(call, *inputs)
+                return made if isinstance(made, (list, tuple)) else [made]
+            with tf.init_scope():  # now, not when the traced function runs
+                made = operator(call, *inputs)
+                made = made if isinstance(made, (list, tuple)) else [made]
+                return [np.asarray(value) for value in made]
+        except Unsupported as reason:
+            raise RnnpruneError(
+                f"{node.op_type} '{node.name}' with {reason} cannot be differentiated here",
+                "methods that need no gradients work",
+            ) from None
+        except (ValueError, TypeError, tf.errors.OpError) as error:
+            raise RnnpruneError(
+                f"TensorFlow cannot evaluate {node.op_type} '{node.name}': {first_line(error)}",
+                "check the data against the model's inputs",
+            ) from error
