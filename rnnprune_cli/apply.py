@@ -404,6 +404,7 @@ class Applier:
         self, model: LoadedModel, layers: Sequence[RecurrentLayer]
     ) -> Mapping[str, Gradients]:
         """Returns the gradients of a loss on the calibration data, by the weights' names."""
+        from rnnprune_cli.hessians import handed_states
         from rnnprune_cli.trainer.gradient import saliencies
 
         key = (self._number(model), tuple(layer.name for layer in layers))
@@ -415,6 +416,7 @@ class Applier:
                 onnx,
                 self._inputs.calibration,
                 own,
+                handed_states(onnx, self._inputs.calibration),
                 seed=self._options.seed,
                 threads=self._options.threads,
                 progress=self._progress,

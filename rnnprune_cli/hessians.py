@@ -142,11 +142,13 @@ def layer_inputs(
     return found
 
 
-def _handed(graph: ir.Model, model: OnnxModel, data: Dataset) -> dict[str, str]:
-    """Returns input → output of states that are zero in all samples, as streaming models have.
+def handed_states(model: OnnxModel, data: Dataset) -> dict[str, str]:
+    """Returns input → output of states that are zero in all samples, as streaming models have."""
+    return _handed(prepared(model), model, data)
 
-    What they hold at run time is what the model made of the samples before.
-    """
+
+def _handed(graph: ir.Model, model: OnnxModel, data: Dataset) -> dict[str, str]:
+    """See :func:`handed_states`: they hold what the model made of the samples before."""
     zeros = [name for name, a in data.inputs.items() if a.dtype.kind == "f" and not a.any()]
     if data.count < 2 or not zeros:
         return {}

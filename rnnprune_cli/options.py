@@ -123,7 +123,9 @@ def complete_stage(
         )
     share = only if sparsity is None else sparsity
     assert share is not None
-    stage = Stage(method, granularity, scope or next(iter(known)), share, **more)
+    best = find_method(method).scope
+    default = best if best is not None and best in known else next(iter(known))
+    stage = Stage(method, granularity, scope or default, share, **more)
     _check_stage(stage)
     return stage
 
@@ -173,6 +175,16 @@ def check_options(options: PruneOptions) -> None:
             f"--values {options.export.values} is for packed weights",
             "use it with --export packed or --export auto",
         )
+    last = options.stages[-1] if options.stages else None
+    if last is not None and (options.targets or options.family):
+        what = "--target" if options.targets else "--family"
+        if last.granularity == "layer":
+            raise UsageError(f"{what} is for weights and units", "give --sparsity for layers")
+        if last.granularity not in STRUCTURES and parse_pattern(last.granularity).sparsity:
+            raise UsageError(
+                f"{what} has nothing to choose: '{last.granularity}' has one sparsity",
+                "take --granularity bank:N or weight",
+            )
     if options.trials < 2:
         raise UsageError(f"--trials {options.trials} is less than 2", "a search has to compare")
     if not 1 <= options.threads <= MAX_THREADS:

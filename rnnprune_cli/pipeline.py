@@ -345,6 +345,8 @@ def sensitivity(
     """
     check_options(options)
     (stage,) = options.stages
+    if stage.granularity == "layer":
+        raise UsageError("sensitivity is of weights and units", "leave out --granularity layer")
     for sparsity in sparsities:
         if not 0 < sparsity < 1:
             raise UsageError(

@@ -136,9 +136,13 @@ def test_sequence_lens_made_by_the_graph_end_sequences(op, tmp_path):
     lens = g.op("ReduceSum", used, np.array([1]), keepdims=0)
     turned = g.op("Transpose", "x", perm=[1, 0, 2])
     values = [tensors[k] for k in "WRB"]
-    g.output(g.op(op, turned, *values, lens, hidden_size=HIDDEN, direction="bidirectional"))
-    found = watched(g.model(), tmp_path, {"x": x})
-    traces = trace(op, tensors, x.transpose(1, 0, 2), "bidirectional", 0, lengths)
+    g.inputs.append(helper.make_tensor_value_info("h0", 1, ["batch", 2, HIDDEN]))
+    start = g.op("Transpose", "h0", perm=[1, 0, 2])
+    g.output(g.op(op, turned, *values, lens, start, hidden_size=HIDDEN, direction="bidirectional"))
+    h0 = np.random.default_rng(3).standard_normal((BATCH, 2, HIDDEN)).astype(np.float32)
+    found = watched(g.model(), tmp_path, {"x": x, "h0": h0})
+    h0 = h0.swapaxes(0, 1)
+    traces = trace(op, tensors, x.transpose(1, 0, 2), "bidirectional", 0, lengths, h0)
     assert_reads(only(found), traces, 0, op)
 
 

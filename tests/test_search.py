@@ -186,6 +186,8 @@ def test_a_family_on_the_command_line_is_one_document(model, data):
         ("--target", "bytes=0.5", "-s", 0.5),
         ("--family", "a,b"),
         ("--family", "0.5", "-s", 0.5),
+        ("--family", "0.5", "--granularity", "nm:2:4"),
+        ("--target", "bytes=0.5", "--granularity", "layer"),
         ("--target", "bytes", "--target", "nonzero", "--family", "0.5"),
         (),
     ],

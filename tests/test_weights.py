@@ -15,7 +15,7 @@ from rnnprune_cli.errors import RnnpruneError
 from rnnprune_cli.hessians import UNREACHED, LayerInputs
 from rnnprune_cli.methods import methods
 from rnnprune_cli.model import GATES, Pruned, RecurrentLayer, Stage, StoredWeight, Weight
-from rnnprune_cli.refit import DAMPING, RowInputs, refit
+from rnnprune_cli.refit import DAMPING, RowInputs, refit, surgeon
 from rnnprune_cli.select import SCOPES, parse_pattern
 from rnnprune_cli.weights import PrunedWeights, WeightTask, prune_weights
 
@@ -215,6 +215,28 @@ def test_obs_leaves_of_a_short_bank_what_the_pattern_leaves():
     for mask in masks:
         assert mask[:, :, 4:].all()
         assert np.all(mask[:, :, :4].sum(axis=2) == 2)
+
+
+def test_obs_goes_to_a_pattern_in_rounds():
+    """Of 2:4, one weight of each bank goes, and then one more, seen what the first one left."""
+    layer = layer_of("RNN", inputs=8, hidden=8)
+    result = pruned([layer], "obs", 0.5, "nm:2:4")
+    found, _ = joint(result, layer)
+    moments = inputs_of(layer).moments
+    every = sum(moments.sums(held)[0][0] for held in (False, True)) / moments.count
+    own = np.concatenate([w.read()[0] for w in layer.weights], axis=1)
+    part = RowInputs(np.arange(len(own)), every, None, every, moments.count)
+    mask = np.ones(own.shape, bool)
+    at_once = None
+    for _ in range(2):
+        values, inverse = surgeon(own, mask, part)
+        scores = np.where(mask, np.abs(values) / np.sqrt(inverse), np.inf).reshape(8, 4, 4)
+        if at_once is None:
+            at_once = np.argsort(np.argsort(scores, axis=2), axis=2).reshape(own.shape) >= 2
+        lowest = scores == scores.min(axis=2, keepdims=True)
+        mask &= ~lowest.reshape(own.shape)
+    assert np.array_equal(found[0], mask)
+    assert not np.array_equal(mask, at_once)
 
 
 def test_gates_with_a_sigmoid_lose_more_of_a_cell():

@@ -37,6 +37,7 @@ class Method:
         needs_data: Whether it scores by what data make of the model.
         needs_gradients: Whether it asks for :attr:`WeightFigures.gradients`.
         in_loss: Whether scores of weights are in units of the loss, the same for all gates.
+        scope: Within what weights compete best, where that is not the default.
         rounds: In how many steps weights go, each scored and refitted after those before it.
     """
 
@@ -49,6 +50,7 @@ class Method:
     needs_data: bool = False
     needs_gradients: bool = False
     in_loss: bool = False
+    scope: str | None = None
     rounds: int = 1
 
     @property

@@ -31,5 +31,6 @@ register(
         needs_data=True,
         needs_gradients=True,
         in_loss=True,
+        scope="row",  # units whose gradient is small lose nearly all in wider ones
     )
 )

@@ -49,6 +49,7 @@ class _Renaming:
             top: Whether its inputs and outputs keep their names.
         """
         order = _sorted(graph)
+        graph.ClearField("doc_string")  # holds a number that the converter counts up in a process
         names = dict(outer)
         if top:
             names.update((value.name, value.name) for value in (*graph.input, *graph.output))
