@@ -448,7 +448,14 @@ class Applier:
 
         if isinstance(model, OnnxModel):
             return model, {layer.name: (layer, None) for layer in layers}
-        onnx = self._as_onnx(model)
+        try:
+            onnx = self._as_onnx(model)
+        except RnnpruneError as error:
+            raise RnnpruneError(
+                f"the model is watched on data as ONNX: {error.message}",
+                "--method magnitude --no-compensate prunes it in place, without data",
+                error.code,
+            ) from error
         assert isinstance(onnx, OnnxModel)
         places = {
             _digest(layer, d): (layer, d) for layer in onnx.layers for d in range(layer.w.shape[0])

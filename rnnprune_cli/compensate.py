@@ -332,15 +332,14 @@ def _watch_states(reading: Reading, batch: Batch, names: Mapping[int, str]) -> N
     node = reading.cut.node
     found = steps_of(node, batch, names)
     assert reading.moments is not None and found is not None  # its Y is not empty
-    directions, n = _features(reading.cut.labels)
-    states = found.y.transpose(1, 0, 2, 3).reshape(directions, -1, n)
-    reading.moments.add(np.concatenate([found.start, states], axis=1))
+    valid = found.valid
+    reading.moments.add(np.concatenate([found.start, found.y.swapaxes(0, 1)[:, valid]], axis=1))
     if reading.gated is None or found.x is None:
         return
     before = found.before(node)
     gate = reset_gate(node, found.x, before, reading.weights)
     if gate is not None:
-        reading.gated.add((gate * before).reshape(directions, -1, n))
+        reading.gated.add((gate * before)[:, valid])
 
 
 def variances(coupling: Coupling, found: Sequence[Reading]) -> Array:

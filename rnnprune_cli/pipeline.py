@@ -915,6 +915,15 @@ def _advice(run: _Run, gzip_estimated: bool) -> Iterator[str]:
         if stage.sparsity == 0 and not stage.include:
             what = f"{stage.granularity}s" if stage.granularity in STRUCTURES else "weights"
             yield f"sparsity 0 removes nothing; give --sparsity 0.5 to remove half of the {what}"
+    for stage in stages:
+        if stage.granularity.startswith("bank:"):
+            bank = int(stage.granularity[5:])
+            reached = min(round(bank * stage.sparsity), bank - 1) / bank
+            if abs(reached - stage.sparsity) > 0.01:
+                yield (
+                    f"every bank of {bank} loses as many whole weights: {reached:g} of them, not"
+                    f" {stage.sparsity:g}; larger banks come closer"
+                )
     if run.data is None and not stages:
         yield "inputs were made up: give --data to compare on real ones"
     elif run.data is None:

@@ -15,9 +15,7 @@ from rnnprune_cli.methods import methods
 from rnnprune_cli.model import GATES
 from rnnprune_cli.select import SCOPES, parse_pattern
 
-LATER = ("gradient",)
-"""Methods that these tests do not cover."""
-METHODS = [name for name, m in methods().items() if m.weight is not None and name not in LATER]
+METHODS = [name for name, m in methods().items() if m.weight is not None]
 DATA_FREE = [name for name in METHODS if not methods()[name].needs_data]
 VARIANTS = [
     (op, direction, bias, reset)

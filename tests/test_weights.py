@@ -19,9 +19,8 @@ from rnnprune_cli.refit import DAMPING, RowInputs, refit, surgeon
 from rnnprune_cli.select import SCOPES, parse_pattern
 from rnnprune_cli.weights import PrunedWeights, WeightTask, prune_weights
 
-LATER = ("gradient",)
-"""Methods that need more than what a layer reads."""
-METHODS = [name for name, m in methods().items() if m.weight is not None and name not in LATER]
+METHODS = [n for n, m in methods().items() if m.weight is not None and not m.needs_gradients]
+"""Gradients come from TensorFlow, through the whole pipeline: ``test_contract.py``."""
 WITH_DATA = [name for name in METHODS if methods()[name].needs_data]
 PATTERNS = ("weight", "block:4x2", "block:1x3", "bank:4", "nm:2:4", "nm:1:3")
 CHOICES = [(g, scope) for g in PATTERNS for scope in parse_pattern(g).scopes]
