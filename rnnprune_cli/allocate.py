@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -76,9 +76,3 @@ def _above(x: Array, y: Array, first: int, middle: int, last: int) -> bool:
     """Tells whether a point lies on or above the line between two others."""
     line = y[first] + (y[last] - y[first]) * (x[middle] - x[first]) / (x[last] - x[first])
     return bool(y[middle] >= line)
-
-
-def mean_share(curves: Sequence[Curve], shares: Mapping[str, float]) -> float:
-    """Returns the share of all weights (or units) that goes."""
-    total = sum(curve.size for curve in curves)
-    return sum(curve.size * shares.get(curve.layer, 0.0) for curve in curves) / max(total, 1)

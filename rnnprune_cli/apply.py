@@ -233,6 +233,7 @@ class Applier:
     def add(self, done: Applied, stage: Stage) -> Applied:
         """Applies one more stage."""
         names = [layer.name for layer in done.model.layers]
+        names += [layer.name for layer in included(done.model, stage)]
         for name in stage.shares:
             if name not in names:
                 raise UsageError(f"there is no layer '{name}'", closest(name, names))

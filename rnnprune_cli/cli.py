@@ -412,13 +412,13 @@ def inspect(
         from rnnprune_cli.pipeline import inspected
         from rnnprune_cli.report.json import inspect_document
 
-        with inspected(model, signature, right_padding) as (found, units):
-            document = inspect_document(found, units, arguments)
+        with inspected(model, signature, right_padding) as (found, units, others):
+            document = inspect_document(found, units, others, arguments)
             if output_format is Format.json:
                 return document, None
             from rnnprune_cli.report.table import inspect_table
 
-            return document, inspect_table(found, units)
+            return document, inspect_table(found, units, others)
 
     _finish(work, arguments, output_format)
 

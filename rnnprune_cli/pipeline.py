@@ -74,8 +74,10 @@ LOOK = Stage("magnitude", "weight", "row", 0.0)
 @contextlib.contextmanager
 def inspected(
     path: Path, signature: str | None, right_padding: bool
-) -> Iterator[tuple[LoadedModel, tuple[RemovableUnits, ...]]]:
-    """Loads a model for a look, lifted as ``prune`` would lift it; ONNX models with their units.
+) -> Iterator[tuple[LoadedModel, tuple[RemovableUnits, ...], tuple[OtherLayer, ...]]]:
+    """Loads a model for a look, lifted as ``prune`` would lift it.
+
+    ONNX models come with their units, and the other layers that ``--include`` can name.
 
     Raises:
         RnnpruneError: If it cannot be read, or nothing in it is recurrent.
@@ -86,14 +88,13 @@ def inspected(
         model, _ = lift_model(source, options, stack)
         if not model.layers and not model.skipped:
             require_layers(model)
-        yield model, _removable_units(model)
+        from rnnprune_cli.onnx_model import OnnxModel
+        from rnnprune_cli.shrink.units import removable_units
 
-
-def _removable_units(model: LoadedModel) -> tuple[RemovableUnits, ...]:
-    from rnnprune_cli.onnx_model import OnnxModel
-    from rnnprune_cli.shrink.units import removable_units
-
-    return removable_units(model) if isinstance(model, OnnxModel) and model.layers else ()
+        if isinstance(model, OnnxModel):
+            yield model, removable_units(model) if model.layers else (), model.others.layers
+        else:
+            yield model, (), ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -140,6 +140,11 @@ class Search:
         self._progress = progress
         self._threads = inputs.options.threads
         self._names = [layer.name for layer in chosen_layers(done.model.layers, stage)]
+        if not self._names:
+            raise UsageError(
+                "targets are reached by recurrent layers, and none is selected",
+                "leave one out of --exclude, or give --sparsity",
+            )
         self._tried: dict[tuple[float, ...], Trial] = {}
         self._unchanged: set[tuple[float, ...]] = set()
         self._seconds = 0.0

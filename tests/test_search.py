@@ -283,3 +283,12 @@ def test_a_saved_model_is_searched_in_place(tmp_path):
     )
     report = run(chosen)
     assert report.checks[0].passed and report.output.format == "savedmodel"
+
+
+def test_targets_without_a_recurrent_layer_are_refused(model):
+    chosen = dataclasses.replace(
+        options(model, None, "nonzero=0.9"),
+        stages=(Stage("magnitude", "weight", "cell", 0.0, exclude=("*",), include=("dense",)),),
+    )
+    with pytest.raises(UsageError, match="reached by recurrent layers"):
+        run(chosen)

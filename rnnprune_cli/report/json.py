@@ -11,7 +11,7 @@ from typing import Any
 from rnnprune_cli import __version__
 from rnnprune_cli.errors import RnnpruneError
 from rnnprune_cli.methods import Method
-from rnnprune_cli.model import LoadedModel, RemovableUnits, Report, SensitivityReport
+from rnnprune_cli.model import LoadedModel, OtherLayer, RemovableUnits, Report, SensitivityReport
 
 SCHEMA_VERSION = 1
 
@@ -53,7 +53,10 @@ def error_document(error: RnnpruneError, arguments: Mapping[str, Any]) -> dict[s
 
 
 def inspect_document(
-    model: LoadedModel, units: Iterable[RemovableUnits], arguments: Mapping[str, Any]
+    model: LoadedModel,
+    units: Iterable[RemovableUnits],
+    others: Iterable[OtherLayer],
+    arguments: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Returns what ``inspect`` found."""
     return {
@@ -79,6 +82,17 @@ def inspect_document(
             for layer in model.layers
         ],
         "units": [dataclasses.asdict(layer) for layer in units],
+        "others": [
+            {
+                "name": layer.name,
+                "op": layer.op,
+                "kind": layer.kind,
+                "rows": layer.hidden_size,
+                "columns": layer.input_size,
+                "weights": layer.w.size,
+            }
+            for layer in others
+        ],
         "lifts": [dataclasses.asdict(lift) for lift in model.lifts],
         "skipped": [dataclasses.asdict(s) for s in model.skipped],
         "warnings": list(model.warnings),

@@ -14,6 +14,7 @@ from rnnprune_cli.methods import Method
 from rnnprune_cli.model import (
     Lift,
     LoadedModel,
+    OtherLayer,
     RecurrentLayer,
     RemovableUnits,
     Repair,
@@ -140,7 +141,7 @@ def _layers(report: Report) -> Table:
         gates = " ".join(f"{letter} {_share(share)}" for letter, share in row.gates.items())
         table.add_row(
             row.name,
-            row.op if row.direction == "forward" else f"{row.op} {row.direction}",
+            row.op if row.direction == "forward" else f"{row.op} {row.direction}".strip(),
             str(row.hidden_after)
             if row.hidden_after == row.hidden_before
             else f"{row.hidden_before} → {row.hidden_after}",
@@ -208,7 +209,9 @@ def skipped_table(skipped: Iterable[Skipped]) -> Table:
     return table
 
 
-def inspect_table(model: LoadedModel, units: Sequence[RemovableUnits]) -> RenderableType:
+def inspect_table(
+    model: LoadedModel, units: Sequence[RemovableUnits], others: Sequence[OtherLayer]
+) -> RenderableType:
     """Returns the recurrent layers of a model, what of them can go, and what blocks the rest."""
     head = " · ".join(
         part
@@ -242,6 +245,14 @@ def inspect_table(model: LoadedModel, units: Sequence[RemovableUnits]) -> Render
     held = [layer for layer in units if layer.blocked or layer.coupled]
     if held:
         parts.append(_held_units(held))
+    if others:
+        more = plain_table(
+            "with --include", "kind", "op", "rows", "columns", "weights", right=(3, 4, 5)
+        )
+        for other in others:
+            sizes = (other.hidden_size, other.input_size, other.w.size)
+            more.add_row(other.name, other.kind, other.op, *map(_count, sizes))
+        parts.append(more)
     if model.skipped:
         parts.append(skipped_table(model.skipped))
     return stacked([*parts, *warning_lines(model.warnings)])

@@ -28,14 +28,17 @@ SPARSITIES = (0.5, 0.7, 0.8, 0.9)
 GRANULARITIES = ("block:8x1", "block:16x1", "bank:32", "nm:2:4")
 
 
-def strategies() -> Iterator[tuple[str, str, str, bool]]:
-    """Yields (method, granularity, scope, whether what stays is refitted)."""
+def strategies() -> Iterator[tuple[str, str, str, tuple[bool, ...]]]:
+    """Yields (method, granularity, scope, whether what stays is refitted: each of these)."""
     known = [name for name, method in methods().items() if method.weight is not None]
-    for name, scope, refitted in itertools.product(known, SCOPES, (False, True)):
-        if name != "random" or (scope == "cell" and not refitted):
-            yield name, "weight", scope, refitted
+    for name, scope in itertools.product(known, SCOPES):
+        if name != "random":
+            yield name, "weight", scope, (False, True)
+        elif scope == "cell":
+            yield name, "weight", scope, (False,)
     for granularity, name in itertools.product(GRANULARITIES, ("magnitude", "obs")):
-        yield name, granularity, "row" if ":" in granularity[3:5] else "cell", True
+        scope = "cell" if granularity.startswith("block") else "row"
+        yield name, granularity, scope, (True,)
 
 
 def measure(name: str) -> None:
@@ -51,34 +54,31 @@ def measure(name: str) -> None:
         quality = Quality(session.inputs.original, session.inputs.data, "auto")
         (dense,) = quality.dense
         arrow = "↑" if dense.higher_is_better else "↓"
-        title = f"{name}, {dense.name} {arrow}"
-        for method, granularity, scope, refitted in strategies():
+        print(f"| {name}, {dense.name} {arrow} (dense {dense.value:.3f}) | scope |", end=" ")
+        print(" | ".join(map(str, SPARSITIES)), "|")
+        print("|---|---|" + "---|" * len(SPARSITIES))
+        for method, granularity, scope, both in strategies():
             cells = []
             for sparsity in SPARSITIES:
-                if granularity.startswith("nm") and sparsity != 0.5:
+                fixed = granularity.startswith("nm")
+                if fixed and sparsity != 0.5:
                     cells.append("")
                     continue
-                asked = None if granularity.startswith("nm") else sparsity
-                stage = complete_stage(method, granularity, scope, asked, compensate=refitted)
-                applied = session.applier.add(Applied(session.base), stage)
-                (value,) = quality.of(runner_of(applied, 1))
-                cells.append(f"{value.value:.3f}")
+                figures = []
+                for refitted in both:
+                    asked = None if fixed else sparsity
+                    stage = complete_stage(method, granularity, scope, asked, compensate=refitted)
+                    applied = session.applier.add(Applied(session.base), stage)
+                    (value,) = quality.of(runner_of(applied, 1))
+                    figures.append(f"{value.value:.3f}")
+                cells.append(" / ".join(figures))
             what = f"`{method}`" + (f" `{granularity}`" if granularity != "weight" else "")
-            print(
-                f"| {title} | {what} | `{scope}` | {'yes' if refitted else 'no'} |"
-                f" {dense.value:.3f} | {' | '.join(cells)} |",
-                flush=True,
-            )
+            what += " refitted" if both == (True,) else ""
+            print(f"| {what} | `{scope}` | {' | '.join(cells)} |", flush=True)
 
 
 def main() -> None:
     """Prints the tables."""
-    print(
-        "| model, metric | method | scope | refitted | dense |",
-        " | ".join(map(str, SPARSITIES)),
-        "|",
-    )
-    print("|---|---|---|---|---|" + "---|" * len(SPARSITIES))
     for name in sys.argv[1:] or [*FILES, "medicine"]:
         measure(name)
 
