@@ -64,6 +64,59 @@ Verbose = Annotated[
 ]
 
 
+Method = Annotated[
+    str, typer.Option(help="What makes a weight worth keeping; see 'rnnprune methods'.")
+]
+Granularity = Annotated[
+    str,
+    typer.Option(
+        help="What is removed together: weight, block:RxC, bank:N, nm:N:M, unit or layer."
+    ),
+]
+Scope = Annotated[
+    str | None,
+    typer.Option(
+        help="Within what the scores compete: cell, row, layer, global or sensitivity [default:"
+        " cell for weights, row for banks, layer for units].",
+        show_default=False,
+    ),
+]
+Layers = Annotated[
+    list[str] | None,
+    typer.Option("--layers", help="Only layers that match this glob; repeatable."),
+]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option("--exclude", help="No layers that match this glob; repeatable."),
+]
+Calibration = Annotated[
+    Path | None,
+    typer.Option(
+        help=".npz of inputs for criteria and repair, without labels [default: --data].",
+        show_default=False,
+        readable=False,
+    ),
+]
+Compensate = Annotated[
+    bool,
+    typer.Option(
+        "--compensate/--no-compensate",
+        help="Repair by least squares what units or weights leave behind; needs data.",
+    ),
+]
+Metric = Annotated[
+    str,
+    typer.Option(
+        help="auto, accuracy, mse, mae, perplexity, bits-per-char, agreement or"
+        " relative-error; of one output OUTPUT=METRIC."
+    ),
+]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite existing files.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
+Threads = Annotated[int, typer.Option(help="Threads to run the models with.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+
+
 @app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context,
@@ -113,31 +166,11 @@ def prune(
             readable=False,
         ),
     ] = None,
-    method: Annotated[
-        str, typer.Option(help="What makes a weight worth keeping; see 'rnnprune methods'.")
-    ] = "magnitude",
-    granularity: Annotated[
-        str,
-        typer.Option(
-            help="What is removed together: weight, block:RxC, bank:N, nm:N:M, unit or layer."
-        ),
-    ] = "weight",
-    scope: Annotated[
-        str | None,
-        typer.Option(
-            help="Within what the scores compete: cell, row, layer or global [default: cell for"
-            " weights, row for banks, layer for units].",
-            show_default=False,
-        ),
-    ] = None,
-    layers: Annotated[
-        list[str] | None,
-        typer.Option("--layers", help="Only layers that match this glob; repeatable."),
-    ] = None,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option("--exclude", help="No layers that match this glob; repeatable."),
-    ] = None,
+    method: Method = "magnitude",
+    granularity: Granularity = "weight",
+    scope: Scope = None,
+    layers: Layers = None,
+    exclude: Exclude = None,
     include: Annotated[
         list[str] | None,
         typer.Option(
@@ -152,21 +185,8 @@ def prune(
             readable=False,
         ),
     ] = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(
-            help=".npz of inputs for criteria and repair, without labels [default: --data].",
-            show_default=False,
-            readable=False,
-        ),
-    ] = None,
-    compensate: Annotated[
-        bool,
-        typer.Option(
-            "--compensate/--no-compensate",
-            help="Repair by least squares what units or weights leave behind; needs data.",
-        ),
-    ] = True,
+    calibration: Calibration = None,
+    compensate: Compensate = True,
     resize_state: Annotated[
         bool,
         typer.Option(
@@ -179,13 +199,7 @@ def prune(
             "--allow-inexact", help="Remove units that are normalised together, too; not exact."
         ),
     ] = False,
-    metric: Annotated[
-        str,
-        typer.Option(
-            help="auto, accuracy, mse, mae, perplexity, bits-per-char, agreement or"
-            " relative-error; of one output OUTPUT=METRIC."
-        ),
-    ] = "auto",
+    metric: Metric = "auto",
     export: Annotated[
         str, typer.Option(help="How weights are stored: auto, dense, sparse, packed or shrunk.")
     ] = "auto",
@@ -208,10 +222,10 @@ def prune(
         ),
     ] = None,
     output_format: OutputFormat = Format.table,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
-    threads: Annotated[int, typer.Option(help="Threads to run the models with.")] = 1,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+    seed: Seed = 0,
+    threads: Threads = 1,
+    force: Force = False,
+    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Compress one model and report it before and after.
@@ -288,9 +302,7 @@ def run(
         typer.Option("--output", "-o", help="Where the result goes.", readable=False),
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Other data.", readable=False)] = None,
-    calibration: Annotated[
-        Path | None, typer.Option(help="Other inputs for criteria and repair.", readable=False)
-    ] = None,
+    calibration: Calibration = None,
     report: Annotated[
         list[Path] | None,
         typer.Option("--report", help="Also write the report here (.json).", readable=False),
@@ -302,8 +314,8 @@ def run(
     threads: Annotated[
         int | None, typer.Option(help="Another number of threads to run the models with.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+    force: Force = False,
+    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Do what a recipe says, stage by stage, or what a report says was done.
@@ -355,9 +367,9 @@ def lift(
     signature: Signature = None,
     output_format: OutputFormat = Format.table,
     seed: Annotated[int, typer.Option(min=0, help="Seed of made-up inputs.")] = 0,
-    threads: Annotated[int, typer.Option(help="Threads to run the models with.")] = 1,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+    threads: Threads = 1,
+    force: Force = False,
+    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Only rewrite loops, hand-written cells and unrolled chains to LSTM, GRU and RNN operators.
@@ -433,47 +445,17 @@ def sensitivity(
     sparsities: Annotated[
         str, typer.Option(help="Where to measure, between commas.")
     ] = "0.3,0.5,0.7,0.8,0.9",
-    method: Annotated[
-        str, typer.Option(help="What makes a weight worth keeping; see 'rnnprune methods'.")
-    ] = "magnitude",
-    granularity: Annotated[
-        str, typer.Option(help="What is removed together: weight, block:RxC, bank:N or unit.")
-    ] = "weight",
-    scope: Annotated[
-        str | None, typer.Option(help="Within what the scores compete.", show_default=False)
-    ] = None,
-    layers: Annotated[
-        list[str] | None,
-        typer.Option("--layers", help="Only layers that match this glob; repeatable."),
-    ] = None,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option("--exclude", help="No layers that match this glob; repeatable."),
-    ] = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(
-            help=".npz of inputs for criteria and repair, without labels [default: --data].",
-            show_default=False,
-            readable=False,
-        ),
-    ] = None,
-    compensate: Annotated[
-        bool,
-        typer.Option(
-            "--compensate/--no-compensate",
-            help="Repair by least squares what units or weights leave behind.",
-        ),
-    ] = True,
+    method: Method = "magnitude",
+    granularity: Granularity = "weight",
+    scope: Scope = None,
+    layers: Layers = None,
+    exclude: Exclude = None,
+    calibration: Calibration = None,
+    compensate: Compensate = True,
     gates: Annotated[
         bool, typer.Option("--gates/--no-gates", help="Measure each gate by itself, too.")
     ] = True,
-    metric: Annotated[
-        str,
-        typer.Option(
-            help="auto, accuracy, mse, mae, perplexity, bits-per-char, agreement or relative-error."
-        ),
-    ] = "auto",
+    metric: Metric = "auto",
     right_padding: RightPadding = False,
     signature: Signature = None,
     report: Annotated[
@@ -483,10 +465,10 @@ def sensitivity(
         ),
     ] = None,
     output_format: OutputFormat = Format.table,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
-    threads: Annotated[int, typer.Option(help="Threads to run the models with.")] = 1,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+    seed: Seed = 0,
+    threads: Threads = 1,
+    force: Force = False,
+    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Measure what a model loses as each layer, and each gate, is pruned by itself.
