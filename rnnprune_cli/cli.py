@@ -252,7 +252,7 @@ def prune(
             method,
             granularity,
             scope,
-            0.0 if target or wanted else sparsity,
+            0.0 if (target or wanted) and not granularity.startswith("nm:") else sparsity,
             layers=tuple(layers or ()),
             exclude=tuple(exclude or ()),
             include=tuple(include or ()),

@@ -217,6 +217,7 @@ def prune_family(
     Raises:
         RnnpruneError: If one of them cannot be made; those before it are written.
     """
+    check_options(options)
     target, values = options.family_of, options.family
     members = [_member(options, value) for value in values]
     for member in members:

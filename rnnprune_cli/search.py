@@ -14,7 +14,6 @@ bisection finds where a target is met. Then
 from __future__ import annotations
 
 import dataclasses
-import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -56,9 +55,13 @@ def parse_target(text: str) -> Target:
     """
     name, _, value = text.partition("=")
     check_name(name)
-    if not re.fullmatch(r"\d*\.?\d+(e-?\d+)?", value):
-        raise UsageError(f"target '{text}' has no limit", f"such as {name}={_EXAMPLES[name]:g}")
-    return checked_target(Target(name, float(value)))
+    try:
+        limit = float(value)
+    except ValueError as error:
+        raise UsageError(
+            f"target '{text}' has no limit", f"such as {name}={_EXAMPLES[name]:g}"
+        ) from error
+    return checked_target(Target(name, limit))
 
 
 def check_name(name: str) -> None:
@@ -73,10 +76,12 @@ def checked_target(target: Target) -> Target:
     Raises:
         UsageError: If it does not.
     """
-    if target.limit <= 0 or (target.name != DROP and target.limit >= 1):
+    drop_only = target.name == DROP
+    if not 0 < target.limit < (float("inf") if drop_only else 1):
         raise UsageError(
-            f"target '{target.name}={target.limit:g}' is not between 0 and 1",
-            f"it is after ÷ before, such as {target.name}={_EXAMPLES[target.name]:g}",
+            f"target '{target.name}={target.limit:g}' is not "
+            + ("above 0" if drop_only else "between 0 and 1: it is after ÷ before"),
+            f"such as {target.name}={_EXAMPLES[target.name]:g}",
         )
     return target
 
@@ -246,22 +251,20 @@ class Search:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         sampler = optuna.samplers.TPESampler(seed=self._inputs.options.seed)
         study = optuna.create_study(sampler=sampler)
+        kinds: dict[str, optuna.distributions.BaseDistribution] = {
+            name: optuna.distributions.FloatDistribution(0.0, MAX_SHARE) for name in self._names
+        }
         for shares, trial in list(self._tried.items()):
-            study.add_trial(
-                optuna.trial.create_trial(
-                    params=dict(zip(self._names, shares, strict=True)),
-                    distributions={
-                        n: optuna.distributions.FloatDistribution(0.0, MAX_SHARE, step=0.02)
-                        for n in self._names
-                    },
-                    value=self._excess(trial),
-                )
+            params = dict(zip(self._names, shares, strict=True))
+            known = optuna.trial.create_trial(
+                params=params, distributions=kinds, value=self._excess(trial)
             )
-        while len(self._tried) < self._most:
-            asked = study.ask()
-            shares = tuple(
-                asked.suggest_float(name, 0.0, MAX_SHARE, step=0.02) for name in self._names
-            )
+            study.add_trial(known)
+        for _ in range(2 * self._most):  # some may be the same once they are rounded
+            if len(self._tried) >= self._most:
+                break
+            asked = study.ask(kinds)
+            shares = tuple(round(asked.params[name], 2) for name in self._names)
             trial = self._trial(shares)
             study.tell(asked, self._excess(trial))
             if trial.met:
@@ -354,31 +357,30 @@ class Search:
         return sum(sizes[n] * s for n, s in zip(self._names, shares, strict=True)) / total
 
     def _out_of_reach(self) -> RnnpruneError:
-        """Says which target is missed, and by how much, by the model that comes closest."""
-        best = min(self._tried.values(), key=self._excess)
-        missed = [
-            f"{name} reaches {best.figures[name]:.3g}, not {limit:g}"
-            for name, limit in self._limits.items()
-            if best.figures[name] > limit
-        ]
-        held = [
-            f"{name} {best.figures[name]:.3g}"
-            for name, limit in self._limits.items()
-            if best.figures[name] <= limit
-        ]
-        least = {
-            name: min(trial.figures[name] for trial in self._tried.values())
-            for name in self._limits
-            if name != DROP
-        }
-        alone = [n for n, value in least.items() if value > self._limits[n]]
-        weights = self._stage.granularity not in STRUCTURES
+        """Says which target is missed, and by how much."""
+        trials = [trial for shares, trial in self._tried.items() if shares not in self._unchanged]
+        if not trials:
+            return RnnpruneError(
+                "out of reach: nothing can be removed", "let more layers take part"
+            )
+        costs = [name for name in self._limits if name != DROP]
+        least = {name: min(trial.figures[name] for trial in trials) for name in self._limits}
+        alone = [name for name in costs if least[name] > self._limits[name]]
         hint = "relax one of them, or let more layers, another --method or --granularity take part"
-        if weights and {"latency", "parameters"} & set(alone):
-            hint = "zeros make nothing faster and no parameter less: --granularity unit does"
-        many = f" ({len(self._tried)} models tried)"
-        rest = f" where {' and '.join(held)}" if held else ""
-        return RnnpruneError(f"out of reach: {' and '.join(missed)}{rest}{many}", hint)
+        if alone:
+            missed, where = alone, ", even with all that can go"
+            if self._stage.granularity not in STRUCTURES and {"latency", "parameters"} & set(alone):
+                hint = "zeros make nothing faster and no parameter less: --granularity unit does"
+        elif not costs:
+            missed, where = [DROP], ", however little goes"
+        else:
+            missed = [DROP]
+            held = [trial for trial in trials if self._holds(trial, costs)]
+            least[DROP] = min((trial.figures[DROP] for trial in held), default=least[DROP])
+            limits = " and ".join(f"{name}<={self._limits[name]:g}" for name in costs)
+            where = f" where {limits}"
+        said = " and ".join(f"{n} reaches {least[n]:.3g}, not {self._limits[n]:g}" for n in missed)
+        return RnnpruneError(f"out of reach: {said}{where} ({len(trials)} models tried)", hint)
 
 
 def checked(targets: Sequence[Target], ratios: Ratios, lost: float | None) -> tuple[Check, ...]:

@@ -108,11 +108,18 @@ def test_several_targets_hold_together(model, data):
 
 
 def test_what_is_out_of_reach_is_said_with_by_how_much_and_nothing_is_written(model, data):
-    chosen = options(model, data, "nonzero=0.05", "metric-drop=0.0001", trials=12)
-    with pytest.raises(RnnpruneError, match=r"out of reach: .*reaches 0\.\d+, not") as refusal:
+    chosen = options(model, data, "nonzero=0.3", "metric-drop=0.0001", trials=12)
+    said = r"out of reach: metric-drop reaches \d.*, not 0.0001 where nonzero<=0.3"
+    with pytest.raises(RnnpruneError, match=said) as refusal:
         run(chosen)
     assert "models tried" in refusal.value.message
     assert not model.with_name("out.onnx").exists()
+
+
+def test_a_size_that_nothing_reaches_is_said_to_be_it(model, data):
+    chosen = options(model, data, "bytes=0.01", "metric-drop=0.0001", trials=12)
+    with pytest.raises(RnnpruneError, match=r"out of reach: bytes reaches .* even with all"):
+        run(chosen)
 
 
 def test_weights_cannot_make_a_model_faster_and_it_is_said(model, data):
@@ -136,7 +143,9 @@ def test_a_plan_that_was_found_gives_the_same_bytes_again(model, data):
     assert run(again).output.sha256 == first.output.sha256
 
 
-@pytest.mark.parametrize("text", ["metric-drop", "latency=2", "bytes=0", "latency=x", "bytes=-1"])
+@pytest.mark.parametrize(
+    "text", ["metric-drop", "latency=2", "bytes=0", "latency=x", "bytes=-1", "bytes=nan"]
+)
 def test_targets_that_make_no_sense_are_refused(text):
     with pytest.raises(UsageError):
         checked_target(parse_target(text))
