@@ -105,10 +105,11 @@ Compensate = Annotated[
     ),
 ]
 Metric = Annotated[
-    str,
+    list[str],
     typer.Option(
+        "--metric",
         help="auto, accuracy, mse, mae, perplexity, bits-per-char, agreement or"
-        " relative-error; of one output OUTPUT=METRIC."
+        " relative-error; of one output OUTPUT=METRIC; repeatable.",
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite existing files.")]
@@ -199,7 +200,7 @@ def prune(
             "--allow-inexact", help="Remove units that are normalised together, too; not exact."
         ),
     ] = False,
-    metric: Metric = "auto",
+    metric: Metric = ["auto"],  # noqa: B006  typer copies it
     export: Annotated[
         str, typer.Option(help="How weights are stored: auto, dense, sparse, packed or shrunk.")
     ] = "auto",
@@ -235,6 +236,7 @@ def prune(
     Example: rnnprune prune model.onnx --granularity unit --sparsity 0.5 --data calibration.npz
     """
     arguments = {k: v for k, v in locals().items() if v is not None}
+    arguments["metric"] = ",".join(metric)
 
     def work() -> tuple[dict[str, Any], RenderableType | None]:
         from rnnprune_cli.model import ExportOptions
@@ -267,7 +269,7 @@ def prune(
             seed=seed,
             data=data,
             calibration=calibration,
-            metric=metric,
+            metric=",".join(metric),
             export=ExportOptions(export, values),
             signature=signature,
             threads=threads,
@@ -455,7 +457,7 @@ def sensitivity(
     gates: Annotated[
         bool, typer.Option("--gates/--no-gates", help="Measure each gate by itself, too.")
     ] = True,
-    metric: Metric = "auto",
+    metric: Metric = ["auto"],  # noqa: B006  typer copies it
     right_padding: RightPadding = False,
     signature: Signature = None,
     report: Annotated[
@@ -476,6 +478,7 @@ def sensitivity(
     Example: rnnprune sensitivity model.onnx --data test.npz --report curves.html
     """
     arguments = {k: v for k, v in locals().items() if v is not None}
+    arguments["metric"] = ",".join(metric)
 
     def work() -> tuple[dict[str, Any], RenderableType | None]:
         from rnnprune_cli import pipeline
@@ -506,7 +509,7 @@ def sensitivity(
             seed=seed,
             data=data,
             calibration=calibration,
-            metric=metric,
+            metric=",".join(metric),
             signature=signature,
             threads=threads,
             right_padding=right_padding,
@@ -650,7 +653,10 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # an ASCII terminal has no arrows
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        code = app(standalone_mode=False) or 0
+        if code == ExitCode.INTERRUPTED:  # what typer makes of KeyboardInterrupt
+            raise KeyboardInterrupt
+        sys.exit(code)
     except BrokenPipeError:
         # Whoever read stdout has seen enough; what was asked for is done.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -98,7 +98,7 @@ def parse_metrics(texts: Sequence[str], outputs: Sequence[str] | None = None) ->
     """Reads what ``--metric`` was given.
 
     Args:
-        texts: ``METRIC``, for every output, or ``OUTPUT=METRIC``.
+        texts: ``METRIC``, for every output, or ``OUTPUT=METRIC``; several between commas.
         outputs: Names of the model's outputs; None if they are not known yet.
 
     Returns:
@@ -108,8 +108,8 @@ def parse_metrics(texts: Sequence[str], outputs: Sequence[str] | None = None) ->
         UsageError: If there is no such metric or output, or an output has two.
     """
     found: dict[str, str] = {}
-    for text in texts:
-        output, _, metric = text.rpartition("=")  # outputs may be called anything
+    for text in (part for given in texts for part in given.split(",")):
+        output, _, metric = text.rpartition("=")
         if metric not in ("auto", *LABEL_FREE, *METRICS):
             names = ["auto", *METRICS, *LABEL_FREE]
             raise UsageError(f"there is no metric '{metric}'", closest(metric, names))

@@ -388,6 +388,11 @@ def _report(path: Path, document: Any) -> Recipe:  # noqa: ANN401  any JSON valu
             f"{path} is the report of a run that failed",
             "only what came to its end can be repeated: give another report, or a recipe",
         )
+    if "models" in document:
+        raise RnnpruneError(
+            f"{path} is the report of a family, of several models",
+            "run again what its arguments say, or save one of its models' reports",
+        )
     plan = document.get("plan")
     if not isinstance(plan, dict) or not plan.get("stages"):
         raise RnnpruneError(

@@ -161,17 +161,18 @@ def test_an_interrupt_leaves_no_half_written_file(tmp_path, number):
     path = tmp_path / "big.onnx"
     path.write_bytes(recurrent_model(hidden=512, inputs=512).SerializeToString())
     process = subprocess.Popen(
-        [*RNNPRUNE, "prune", str(path), "-s", "0.5", "--verbose"],
+        [*RNNPRUNE, "prune", str(path), "-s", "0.5", "--verbose", "--format", "json"],
         stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         text=True,
     )
     for line in process.stderr:
         if "verifying" in line:
             break
     process.send_signal(number)
-    process.communicate(timeout=60)
-    assert process.returncode == 130
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted; no model was written" in stderr
+    assert json.loads(stdout)["error"]["exit_code"] == 130
     assert [p.name for p in tmp_path.iterdir()] == ["big.onnx"]
 
 

@@ -206,6 +206,7 @@ def test_defaults_are_those_of_prune(folder, recipe):
     recipe.write_text("[[stage]]\nsparsity = 0.5")
     arguments = arguments_of(read_recipe(recipe).options(model=folder / "model.onnx"))
     arguments.pop("model")
+    arguments["metric"] = [arguments["metric"]]  # repeatable on the command line
     assert arguments == {name: parameters[name].default for name in arguments}
     for field in dataclasses.fields(Stage):
         if field.name not in STAGE_DEFAULTS and field.name in parameters:

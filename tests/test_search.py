@@ -301,3 +301,23 @@ def test_targets_without_a_recurrent_layer_are_refused(model):
     )
     with pytest.raises(UsageError, match="reached by recurrent layers"):
         run(chosen)
+
+
+def test_each_output_may_have_a_metric_of_its_own_on_the_command_line(tmp_path):
+    graph = Graph(["steps", "batch", 5])
+    own = weights("LSTM", 6, 5, 1, seed=4)
+    y = graph.op("LSTM", "x", own["W"], own["R"], own["B"], outs=2, hidden_size=6)
+    for value in (y, y.replace("_0", "_1")):
+        graph.output(value)
+    path, data = tmp_path / "two.onnx", tmp_path / "two.npz"
+    model = graph.model()
+    path.write_bytes(model.SerializeToString())
+    first, second = (o.name for o in model.graph.output)
+    np.savez(data, x=np.random.default_rng(0).standard_normal((4, 6, 1, 5)).astype(np.float32))
+    done = rnnprune(
+        "prune", path, "-s", 0.5, "--data", data, "--format", "json",
+        "--metric", f"{first}=agreement", "--metric", f"{second}=relative-error",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    measured = {m["output"]: m["name"] for m in json.loads(done.stdout)["after"]["metrics"]}
+    assert measured == {first: "agreement", second: "relative-error"}
