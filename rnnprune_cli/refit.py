@@ -25,7 +25,7 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 is taken."""
 DAMPING = 1e-2
 """The same for choosing, and where nothing is held out (Frantar & Alistarh 2023, section 4.1)."""
-_TRIED_ROWS = 64
+_TRIED_ROWS = 256
 _MAX_THREADS = 8
 """Each takes a few copies of H."""
 
@@ -129,8 +129,8 @@ def refit(
     mask: BoolArray,
     inputs: Sequence[RowInputs],
     told: Callable[[float], None] = lambda done: None,
-) -> Array:
-    """Returns what the rows become, with the ridge that does best on held-out samples.
+) -> tuple[Array, float | None]:
+    """Refits the rows, with the ridge that does best on held-out samples.
 
     Args:
         values: ``[rows, n]``: what the rows were.
@@ -139,9 +139,11 @@ def refit(
         told: Called with the share of the rows that is done.
 
     Returns:
-        float64 ``[rows, n]``.
+        float64 ``[rows, n]``: what the rows become, fitted to all samples; and by how much of their
+        mean square the outputs change on held-out samples if the rows are fitted to the others,
+        over some of the rows; None if none are held out.
     """
-    ridge = _best_ridge(values, mask, inputs)
+    ridge, left = _best_ridge(values, mask, inputs)
     new = np.zeros(values.shape)
     done = 0
 
@@ -152,43 +154,28 @@ def refit(
 
     for part in inputs:
         new[part.rows] = _solved(values, mask, part.rows, part.every, ridge, count)
-    return new
+    return new, left
 
 
-def _best_ridge(values: Array, mask: BoolArray, inputs: Sequence[RowInputs]) -> float:
-    """Returns the ridge with the smallest error on held-out samples, tried on some of the rows."""
-    errors = np.zeros(len(RIDGES))
-    tried = False
+def _best_ridge(
+    values: Array, mask: BoolArray, inputs: Sequence[RowInputs]
+) -> tuple[float, float | None]:
+    """Returns the ridge with the smallest error on held-out samples, and that error's share.
+
+    Tried on some of the rows.
+    """
+    lost, total = np.zeros(len(RIDGES)), 0.0
     for part in inputs:
         if part.held is None:
             continue
-        tried = True
         rows = part.rows[:: -(-len(part.rows) // _TRIED_ROWS)]
         own = values[rows].astype(np.float64)
-        scale = max(float(((own @ part.held) * own).sum()), 1e-30)
+        total += float(((own @ part.held) * own).sum())
         for k, ridge in enumerate(RIDGES):
             change = _solved(values, mask, rows, part.fit, ridge) - own
-            errors[k] += float(((change @ part.held) * change).sum()) / scale
-    return RIDGES[int(np.argmin(errors))] if tried else DAMPING
-
-
-def error(values: Array, new: Array, inputs: Sequence[RowInputs], held: bool) -> float:
-    """Returns how much the rows' outputs change, as a share of their mean square.
-
-    Args:
-        values: ``[rows, n]``: what the rows were.
-        new: ``[rows, n]``: what they are now.
-        inputs: What the rows read.
-        held: On held-out samples.
-    """
-    lost = total = 0.0
-    for part in inputs:
-        h = part.held if held and part.held is not None else part.every
-        own = values[part.rows].astype(np.float64)
-        change = new[part.rows] - own
-        lost += float(((change @ h) * change).sum())
-        total += float(((own @ h) * own).sum())
-    return lost / max(total, 1e-30)
+            lost[k] += float(((change @ part.held) * change).sum())
+    best = int(np.argmin(lost))
+    return (RIDGES[best], float(lost[best]) / total) if total > 0 else (DAMPING, None)
 
 
 def _damped(h: Array, ridge: float) -> Array:

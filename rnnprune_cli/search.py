@@ -138,7 +138,6 @@ class Search:
         self._done = done
         self._inputs = inputs
         self._stage = stage
-        self._targets = targets
         self._before = before
         self._export = export
         self._most = most
@@ -161,10 +160,11 @@ class Search:
                 "give --data; labels are not needed: without, outputs are held against the"
                 " original's",
             )
-        data = inputs.data
-        self._quality = None if data is None else inputs.quality(data)
-        if DROP in self._limits and data is not None:
+        data, self._quality = inputs.data, None
+        if data is not None and DROP in self._limits:
             self._quality = measurable(inputs, data)
+        elif data is not None and len(self._names) > 1:  # to divide by sensitivity
+            self._quality = inputs.quality(data)
         applier.keep = True
 
     def run(self) -> Reached:

@@ -24,7 +24,7 @@ from rnnprune_cli.model import (
     Weight,
     WeightFigures,
 )
-from rnnprune_cli.refit import RowInputs, error, refit, surgeon, work
+from rnnprune_cli.refit import RowInputs, refit, surgeon, work
 from rnnprune_cli.select import ACROSS_GATES, families, gate_scale, parse_pattern, select
 
 MAX_FLOPS = 1e12
@@ -280,13 +280,11 @@ class _Joint:
                 own = self.matrix(before)
                 # What is zero in the file stays so: no layer is to become denser than it was.
                 told = _Told(f"refitting {names}", task.progress)
-                fitted = refit(own, self._mask() & (own != 0), self.inputs, told)
+                fitted, left = refit(own, self._mask() & (own != 0), self.inputs, told)
                 with np.errstate(over="ignore"):
                     parts = self.split(fitted)
                     new = {w.name: parts[w.name].astype(w.dtype) for w in self.family}
                 if all(np.isfinite(values).all() for values in new.values()):
-                    held = all(part.held is not None for part in self.inputs)
-                    left = error(own, fitted, self.inputs, held=True) if held else None
                     samples = min(part.samples for part in self.inputs)
                     repairs.append(Repair(names, samples, left))
                 else:
