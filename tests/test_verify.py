@@ -112,6 +112,14 @@ def test_differences_beyond_the_tolerance_fail(error):
     assert not verify_same("same", [[b]], [[a]]).passed
 
 
+def test_small_probabilities_may_differ_by_what_a_sigmoid_is_off():
+    small = np.array([1e-3, 2e-3], np.float32)
+    assert verify_same("p", [[small]], [[small + np.float32(2e-7)]]).passed
+    assert not verify_same("p", [[small]], [[small + np.float32(4e-7)]]).passed
+    signed = small * np.float32([1, -1])
+    assert not verify_same("no p", [[signed]], [[signed + np.float32(2e-7)]]).passed
+
+
 def test_another_shape_type_or_integer_fails():
     a = np.arange(4, dtype=np.float32)
     assert not verify_same("same", [[a]], [[a[:3]]]).passed
