@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rnnprune_cli.data import Dataset, has_nan, load_dataset, made_up_feeds, padded_on_the_right
+from rnnprune_cli.data import (
+    Dataset,
+    has_nan,
+    load_dataset,
+    made_up_feeds,
+    padded_on_the_right,
+    split,
+    thinned,
+)
 from rnnprune_cli.errors import RnnpruneError, UsageError, closest
 from rnnprune_cli.methods import method as find_method
 from rnnprune_cli.metrics import LABEL_FREE, Quality, parse_metrics
@@ -48,6 +56,11 @@ if TYPE_CHECKING:
 Progress = Callable[[str], None]
 
 VERIFIED_SAMPLES = 4
+MAX_CALIBRATION = 512
+"""Training samples to calibrate on, where nothing else is given for that."""
+VALIDATION_SHARE = 0.1
+MAX_VALIDATION = 1000
+"""Part of the training samples, and how many at most, that validate."""
 _MACS_OF_MADE_UP_FEED = 300_000_000
 """Made-up sequences are shorter for large models, so that one call stays below a second."""
 
@@ -68,15 +81,37 @@ class Inputs:
 
     @functools.cached_property
     def data(self) -> Dataset | None:
-        """What ``--data`` holds."""
+        """What ``--data`` holds; if that is trained on, what validates instead."""
         path = self.options.data
-        return None if path is None else load_dataset(path, self.original.inputs)
+        if self.options.finetune.epochs and (path is None or path == self.options.trained_on):
+            return self.training[1]
+        return self._loaded(path)
 
     @functools.cached_property
     def calibration(self) -> Dataset | None:
-        """What ``--calibration`` holds, or else ``--data``."""
+        """What ``--calibration`` holds, or else ``--data``, or some of what is trained on."""
         path = self.options.calibration
-        return self.data if path is None else load_dataset(path, self.original.inputs)
+        if path is None and self.options.finetune.epochs:
+            return thinned(self.training[0], MAX_CALIBRATION)
+        return self.data if path is None else self._loaded(path)
+
+    @functools.cached_property
+    def training(self) -> tuple[Dataset, Dataset]:
+        """What to train on, and what decides which weights are kept.
+
+        Raises:
+            UsageError: If there is nothing to train on, or it cannot be split.
+        """
+        train = self._loaded(self.options.trained_on)
+        if train is None:
+            raise UsageError("fine-tuning needs data", "give --train, or --data")
+        held = self._loaded(self.options.finetune.validation)
+        if held is not None:
+            return train, held
+        return split(train, min(VALIDATION_SHARE, MAX_VALIDATION / train.count))
+
+    def _loaded(self, path: Path | None) -> Dataset | None:
+        return None if path is None else load_dataset(path, self.original.inputs)
 
     @functools.cached_property
     def feeds(self) -> list[Feed]:
@@ -117,7 +152,7 @@ class Inputs:
             states: frozenset[str] = frozenset()
             if not data.targets:
                 asked = {output: name for output, name in asked.items() if name in LABEL_FREE}
-                states = self._states
+                states = self.states
             measured = data.targets or asked or numbers - states
             self._qualities[id(data)] = (
                 Quality(self.original, data, asked, states) if measured else None
@@ -125,7 +160,7 @@ class Inputs:
         return self._qualities[id(data)]
 
     @functools.cached_property
-    def _states(self) -> frozenset[str]:
+    def states(self) -> frozenset[str]:
         """Outputs that hand back states."""
         from rnnprune_cli.onnx_model import OnnxModel
         from rnnprune_cli.shrink.task import coupled
@@ -211,6 +246,10 @@ class Applier:
         self._watched: dict[tuple[int, tuple[str, ...]], Mapping[str, LayerInputs]] = {}
         self._derived: dict[tuple[int, tuple[str, ...]], Mapping[str, Gradients]] = {}
         self._unused: dict[tuple[int, tuple[str, ...]], Unused] = {}
+
+    def again(self) -> Applier:
+        """Returns another one, to which nothing is known yet of any model."""
+        return Applier(self._inputs, self._as_onnx, self._stack, self._progress)
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[None]:

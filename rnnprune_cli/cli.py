@@ -201,6 +201,76 @@ def prune(
         ),
     ] = False,
     metric: Metric = ["auto"],  # noqa: B006  typer copies it
+    finetune: Annotated[
+        int, typer.Option(help="Train what is left for so many epochs.", metavar="EPOCHS")
+    ] = 0,
+    train: Annotated[
+        Path | None,
+        typer.Option(
+            help="Data to train on, with labels or without [default: --calibration, else --data].",
+            show_default=False,
+            readable=False,
+        ),
+    ] = None,
+    validation: Annotated[
+        Path | None,
+        typer.Option(
+            help="Data that decide which weights are kept [default: a tenth of --train].",
+            show_default=False,
+            readable=False,
+        ),
+    ] = None,
+    distill: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the loss that holds outputs against the original's [default: 0 with"
+            " labels, else 1].",
+            show_default=False,
+        ),
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="Of distillation.")] = 2.0,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
+    batch: Annotated[int, typer.Option(help="Samples of an update of the weights.")] = 32,
+    schedule: Annotated[
+        str,
+        typer.Option(help="one-shot: all goes before training; polynomial, constant: meanwhile."),
+    ] = "one-shot",
+    patience: Annotated[
+        int, typer.Option(help="Epochs without a better model after which training ends.")
+    ] = 10,
+    clip: Annotated[float, typer.Option(help="Norm to which gradients are cut.")] = 1.0,
+    bptt: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps of a sequence after which gradients stop [default: all of them].",
+            show_default=False,
+        ),
+    ] = None,
+    balance: Annotated[
+        bool, typer.Option("--balance", help="Let rare classes count as much as others.")
+    ] = False,
+    loss_weight: Annotated[
+        list[str] | None,
+        typer.Option("--loss-weight", help="OUTPUT=WEIGHT of a model with several; repeatable."),
+    ] = None,
+    freeze: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--freeze", help="Weights, or nodes that read them, not to train; a glob; repeatable."
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with training that was interrupted.")
+    ] = False,
+    logdir: Annotated[
+        Path | None, typer.Option(help="Write TensorBoard logs there.", readable=False)
+    ] = None,
+    strategy: Annotated[
+        str,
+        typer.Option(
+            help="single, mirrored (all devices) or multiworker (all machines of TF_CONFIG)."
+        ),
+    ] = "single",
     export: Annotated[
         str, typer.Option(help="How weights are stored: auto, dense, sparse, packed or shrunk.")
     ] = "auto",
@@ -239,7 +309,7 @@ def prune(
     arguments["metric"] = ",".join(metric)
 
     def work() -> tuple[dict[str, Any], RenderableType | None]:
-        from rnnprune_cli.model import ExportOptions
+        from rnnprune_cli.model import ExportOptions, FineTune
         from rnnprune_cli.options import PruneOptions, complete_stage
         from rnnprune_cli.recipe import targets_of
 
@@ -280,6 +350,25 @@ def prune(
             trials=trials,
             family=wanted,
             family_of=family_of,
+            finetune=FineTune(
+                epochs=finetune,
+                train=train,
+                validation=validation,
+                distill=distill,
+                temperature=temperature,
+                lr=lr,
+                batch=batch,
+                schedule=schedule,
+                patience=patience,
+                clip=clip,
+                bptt=bptt,
+                balance=balance,
+                output_weights=tuple(loss_weight or ()),
+                freeze=tuple(freeze or ()),
+                resume=resume,
+                logdir=logdir,
+                strategy=strategy,
+            ),
         )
         return _compress(options, arguments, output_format, quiet, verbose, save_recipe=save_recipe)
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from rnnprune_cli.errors import RnnpruneError, UsageError, closest
 from rnnprune_cli.model import Array, BoolArray, Feed, Runner, TensorSpec
+from rnnprune_cli.npz import read_npz
+from rnnprune_cli.spool import Rows, bounds, chunks, picked
 
-MAX_DATA_BYTES = 8 << 30
-"""A data set larger than this, unpacked, is refused: a small zip can claim any size."""
-_RESERVED = ("labels", "lengths")
-_TARGET = "target:"
+LABELS, LENGTHS, TARGET = "labels", "lengths", "target:"
+"""Names of arrays that are no inputs; the last begins those of one output."""
+_RESERVED = (LABELS, LENGTHS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +49,7 @@ class Dataset:
     def feed(self, start: int, stop: int) -> dict[str, Array]:
         """Returns one feed that holds the samples ``start`` to ``stop`` as a batch."""
         return {
-            name: (array[start] if name in self.stacked else array[start:stop])
+            name: _plain(array[start] if name in self.stacked else array[start:stop])
             if name in self.per_sample
             else array
             for name, array in self.inputs.items()
@@ -65,13 +67,53 @@ class Dataset:
             cut = {n for n in self.stacked if self.inputs[n].shape[1] == self.padded_steps}
             return {n: a[:steps] if n in cut else a for n, a in feed.items()}
         return {
-            name: (
+            name: _plain(
                 a[samples, :steps] if a.ndim > 1 and a.shape[1] == self.padded_steps else a[samples]
             )
             if name in self.per_sample
             else a
             for name, a in self.inputs.items()
         }
+
+    def subset(self, indices: Array) -> Dataset:
+        """Returns some of the samples; what is given whole with every call stays.
+
+        Samples at equal distances (a block, every third) are views, which copy nothing, so that
+        arrays mapped from files stay there. Others are copied, to disk if they are large.
+
+        Args:
+            indices: int64 ``[samples]``: which, in the order wanted.
+
+        Raises:
+            RnnpruneError: If the disk has no room for a copy.
+        """
+
+        def some(name: str, array: Array) -> Array:
+            return picked(array, indices, f"a part of '{name}'")
+
+        part = dataclasses.replace(
+            self,
+            inputs={n: some(n, a) if n in self.per_sample else a for n, a in self.inputs.items()},
+            count=len(indices),
+            targets={n: some(n or "labels", a) for n, a in self.targets.items()},
+            lengths=None if self.lengths is None else self.lengths[indices],
+        )
+        # The longest of some samples may be as long as something else that has no steps.
+        vars(part)["padded_steps"] = self.padded_steps
+        return part
+
+    @functools.cached_property
+    def blank(self) -> frozenset[str]:
+        """Names of the floating-point inputs that are zero in all samples.
+
+        If one is a state, the samples follow one another, and what the model made of it is handed
+        from each to the next.
+        """
+        return frozenset(
+            name
+            for name, array in self.inputs.items()
+            if array.dtype.kind == "f" and not any(part.any() for part in chunks(array))
+        )
 
     def batches(self, size: int) -> Iterator[tuple[int, int]]:
         """Yields the bounds of consecutive batches."""
@@ -110,24 +152,113 @@ class Dataset:
         return np.asarray(np.arange(self.padded_steps)[None] < self.lengths[start:stop, None])
 
 
+def _plain(array: Array) -> Array:
+    """Returns an array as native code expects it; a mapped one may begin at any byte."""
+    return np.require(array, requirements=["C", "A", "E"])
+
+
+def split(data: Dataset, share: float) -> tuple[Dataset, Dataset]:
+    """Splits a data set into one to train on and one to validate on; the same each time.
+
+    The last samples validate. Neighbours in a recording overlap or are alike, and a block at the
+    end has the fewest neighbours among what is trained on. If that would leave one of the two
+    without a class (labels sorted by class), the last samples of each class validate instead,
+    unless samples follow one another (:attr:`Dataset.blank`).
+
+    Args:
+        data: At least two samples.
+        share: How many of them validate, between 0 and 1; at least one does, and one does not.
+
+    Returns:
+        What to train on, and what to validate on, both in the order that the samples had.
+
+    Raises:
+        UsageError: If there is nothing to split.
+        RnnpruneError: If the disk has no room for a copy; only a split by class can need one.
+    """
+    if not 0 < share < 1:
+        raise UsageError(f"a share of {share:g} cannot be split off", "give one between 0 and 1")
+    if data.count < 2 or not data.per_sample:
+        what = "one sample" if data.per_sample else "one feed, which is no set of samples,"
+        raise UsageError(
+            f"the data hold {what} and cannot be split for validation",
+            "give other data with --validation",
+        )
+    size = int(np.clip(round(data.count * share), 1, data.count - 1))
+    held = np.arange(data.count) >= data.count - size
+    labels = data.targets.get("", next(iter(data.targets.values()), None))
+    if labels is not None and labels.shape == (data.count,) and labels.dtype.kind in "iub":
+        held = _by_class(labels, held, share) if not data.blank else held
+    return data.subset(np.flatnonzero(~held)), data.subset(np.flatnonzero(held))
+
+
+def _by_class(labels: Array, held: BoolArray, share: float) -> BoolArray:
+    """Marks the last samples of each class, if those that are marked are not of all classes."""
+    _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    # A class of which fewer than two would be expected can be missing by chance.
+    frequent = np.minimum(share, 1 - share) * counts >= 2
+    there = [np.bincount(classes[part], minlength=len(counts)) > 0 for part in (held, ~held)]
+    if (there[0] & there[1])[frequent].all():
+        return held
+    last = np.minimum(np.maximum(np.rint(counts * share), 1), counts - 1)
+    order = np.argsort(classes, kind="stable")
+    sorted_classes = classes[order]
+    to_come = np.cumsum(counts)[sorted_classes] - 1 - np.arange(len(labels))  # of the same class
+    held = np.zeros(len(labels), np.bool_)
+    held[order] = to_come < last[sorted_classes]
+    return held
+
+
+def thinned(data: Dataset, at_most: int) -> Dataset:
+    """Returns at most so many samples of a data set, at equal distances.
+
+    If samples follow one another (:attr:`Dataset.blank`), they are the first ones instead.
+
+    Args:
+        data: Any data set; a single feed stays as it is.
+        at_most: At least 1.
+
+    Raises:
+        RnnpruneError: If the disk has no room for a copy.
+    """
+    if data.count <= at_most or not data.per_sample:
+        return data
+    places = np.arange(at_most)
+    return data.subset(places if data.blank else places * data.count // at_most)
+
+
 def load_dataset(path: Path, specs: Sequence[TensorSpec]) -> Dataset:
-    """Reads an ``.npz`` data set for a model.
+    """Reads a data set for a model: an ``.npz`` file, or a folder of ``tf.data.Dataset.save``.
 
     One array for each model input, under the input's name (or ``x`` if there is one input), first
     axis the samples; ``labels``, or ``target:<output>`` for each; ``lengths`` of padded sequences.
+    For what elements of a folder may be see :class:`~rnnprune_cli.tensorflow.saved_data.SavedData`.
+
+    Large arrays are not held in memory, if they can be mapped: from an ``.npz`` that is not
+    compressed, or from a temporary file.
 
     Args:
-        path: The file. Pickled arrays are refused.
+        path: The file or folder. Pickled arrays are refused. A file must stay as it is as long as
+            its data set is used.
         specs: The model's inputs.
 
     Raises:
-        RnnpruneError: If the file cannot be read or does not fit the model.
+        RnnpruneError: If the data cannot be read or do not fit the model.
     """
-    if path.suffix != ".npz":
+    if path.is_dir():
+        arrays = _read_saved(path, specs)
+    elif path.suffix == ".npz":
+        arrays = read_npz(path)
+    elif not path.suffix and not path.exists():
+        raise RnnpruneError(f"{path} does not exist", "check the path given with --data")
+    else:
         raise UsageError(
-            f"{path}: data must be an .npz file", "save it with numpy.savez_compressed"
+            f"{path}: data must be an .npz file, or a folder written by tf.data.Dataset.save",
+            "save them with numpy.savez_compressed, or numpy.savez if they are large",
         )
-    arrays = _read_npz(path)
+    for name, array in arrays.items():
+        if not array.dtype.isnative:  # which no runtime accepts
+            arrays[name] = _cast(array, array.dtype.newbyteorder("="), name, path)
     names = [s.name for s in specs]
     if len(specs) == 1 and "x" in arrays and names[0] not in arrays:
         arrays[names[0]] = arrays.pop("x")
@@ -140,7 +271,7 @@ def load_dataset(path: Path, specs: Sequence[TensorSpec]) -> Dataset:
             + (f" (it has: {', '.join(given)})" if given else ""),
         )
     unknown = [
-        n for n in arrays if n not in names and n not in _RESERVED and not n.startswith(_TARGET)
+        n for n in arrays if n not in names and n not in _RESERVED and not n.startswith(TARGET)
     ]
     if unknown:
         raise RnnpruneError(
@@ -148,7 +279,7 @@ def load_dataset(path: Path, specs: Sequence[TensorSpec]) -> Dataset:
         )
     inputs = {s.name: _fit(arrays[s.name], s, path) for s in specs}
     for name, array in inputs.items():
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
+        if array.dtype.kind == "f" and not all(np.isfinite(part).all() for part in chunks(array)):
             raise RnnpruneError(
                 f"{path}: array '{name}' holds NaN or infinite values",
                 "pad with zeros and give 'lengths'; a model's answer to NaN says nothing",
@@ -170,7 +301,7 @@ def load_dataset(path: Path, specs: Sequence[TensorSpec]) -> Dataset:
         # Not a set of samples, then: the arrays must be one feed as they are.
         per_sample, stacked, counts = set(), set(), {}
     count = next(iter(counts.values()), 1)
-    targets = {n.removeprefix(_TARGET): a for n, a in arrays.items() if n.startswith(_TARGET)}
+    targets = {n.removeprefix(TARGET): a for n, a in arrays.items() if n.startswith(TARGET)}
     if "labels" in arrays:
         targets[""] = arrays["labels"]
     lengths = arrays.get("lengths")
@@ -180,8 +311,9 @@ def load_dataset(path: Path, specs: Sequence[TensorSpec]) -> Dataset:
         told = [inputs[s.name] for s in specs if s.is_length and s.name in per_sample - stacked]
         lengths = next((a for a in told if a.shape == (count,)), None)
     _check_targets(targets, lengths, count, bool(per_sample), path)
+    whole = {name: _plain(a) for name, a in inputs.items() if name not in per_sample}
     return Dataset(
-        inputs, frozenset(per_sample), frozenset(stacked), single, count, targets, lengths
+        inputs | whole, frozenset(per_sample), frozenset(stacked), single, count, targets, lengths
     )
 
 
@@ -210,58 +342,79 @@ def _check_targets(
         )
 
 
-def _read_npz(path: Path) -> dict[str, Array]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            claimed = sum(item.file_size for item in archive.infolist())
-            stored = path.stat().st_size
-            if claimed > MAX_DATA_BYTES or claimed > 1000 * stored + (64 << 20):
-                raise RnnpruneError(
-                    f"{path} unpacks to {claimed / 2**30:.1f} GiB from {stored / 2**20:.1f} MiB",
-                    "that is no plausible data set; split it if it is one",
-                )
-        with np.load(path, allow_pickle=False) as archive_arrays:
-            return {name: archive_arrays[name] for name in archive_arrays.files}
-    except FileNotFoundError as error:
-        raise RnnpruneError(f"{path} does not exist", "check the path given with --data") from error
-    except (zipfile.BadZipFile, ValueError, OSError, EOFError, KeyError, MemoryError) as error:
-        pickled = "pickle" in str(error).lower() or "object" in str(error).lower()
-        raise RnnpruneError(
-            f"{path} cannot be read: " + ("it holds pickled objects" if pickled else str(error)),
-            "save plain arrays with numpy.savez_compressed",
-        ) from error
-
-
 def _fit(array: Array, spec: TensorSpec, path: Path) -> Array:
     """Casts an array to an input's type where that loses nothing; checks its rank."""
-    if array.dtype != spec.dtype:
-        if not np.can_cast(array.dtype, spec.dtype, "same_kind") and not (
-            array.dtype.kind in "iu" and spec.dtype.kind in "iu"
-        ):
-            raise RnnpruneError(
-                f"{path}: array '{spec.name}' has type {array.dtype}, the model wants {spec.dtype}",
-                f"save it as {spec.dtype}",
-            )
-        with np.errstate(over="ignore"):
-            cast = array.astype(spec.dtype)
-        if array.dtype.kind in "iu" and not np.array_equal(cast, array):
-            raise RnnpruneError(
-                f"{path}: array '{spec.name}' holds values that {spec.dtype} cannot hold",
-                "check the data against the model's input",
-            )
-        array = cast
     if spec.shape is not None and array.ndim not in (len(spec.shape), len(spec.shape) + 1):
         raise RnnpruneError(
             f"{path}: array '{spec.name}' has shape {list(array.shape)}, the model wants"
             f" {_shown(spec)}",
             "its first axis must be the samples",
         )
-    return array
+    if array.dtype == spec.dtype:
+        return array
+    if not np.can_cast(array.dtype, spec.dtype, "same_kind") and not (
+        array.dtype.kind in "iu" and spec.dtype.kind in "iu"
+    ):
+        raise RnnpruneError(
+            f"{path}: array '{spec.name}' has type {array.dtype}, the model wants {spec.dtype}",
+            f"save it as {spec.dtype}",
+        )
+    return _cast(array, spec.dtype, spec.name, path)
+
+
+def _cast(array: Array, dtype: np.dtype[Any], name: str, path: Path) -> Array:
+    """Casts an array; one that is too large to be copied in memory into a temporary file."""
+    rows = np.atleast_1d(array)
+    cast = Rows(rows.shape, dtype, f"'{name}' as {dtype}")
+    for start, stop in bounds(rows):
+        part = rows[start:stop]
+        with np.errstate(over="ignore"):
+            new = part.astype(dtype)
+        if array.dtype.kind in "iu" and not np.array_equal(new, part):
+            raise RnnpruneError(
+                f"{path}: array '{name}' holds values that {dtype} cannot hold",
+                "check the data against the model's input",
+            )
+        cast.add(new)
+    return cast.array().reshape(array.shape)
+
+
+def _read_saved(path: Path, specs: Sequence[TensorSpec]) -> dict[str, Array]:
+    """Reads a folder of ``tf.data.Dataset.save``, whose elements are samples or batches.
+
+    They are samples if some input has one axis less than the model's, and batches if some has one
+    more (batches of whole feeds). If all have as many, they are batches if the first axis of every
+    input of the model is the samples, and whole feeds if that of none is.
+    """
+    from rnnprune_cli.tensorflow.saved_data import SavedData
+
+    saved = SavedData(path)
+    ranks = dict(saved.ranks)
+    if len(specs) == 1 and "x" in ranks:
+        ranks.setdefault(specs[0].name, ranks["x"])
+    known = [(ranks[s.name] - len(s.shape), s) for s in specs if s.shape and s.name in ranks]
+    more = [number for number, _ in known]
+    if not known or min(more) < 0:
+        return saved.arrays(batched=False)
+    if max(more) > 0:
+        return saved.arrays(batched=True)
+    first = {_begins_with_samples(spec) for _, spec in known}
+    if len(first) > 1:
+        raise RnnpruneError(
+            f"{path}: whether an element is a sample or a batch cannot be told",
+            "save one sample in each element, without a batch axis (dataset.unbatch())",
+        )
+    return saved.arrays(batched=first == {True})
 
 
 def _has_sample_axis(array: Array, spec: TensorSpec) -> bool:
     """Tells whether the first axis of an array that has the input's rank counts samples."""
-    if not spec.shape or array.ndim != len(spec.shape):
+    return _begins_with_samples(spec) and array.ndim == len(spec.shape or ())
+
+
+def _begins_with_samples(spec: TensorSpec) -> bool:
+    """Tells whether the first axis of an input of a model is the samples."""
+    if not spec.shape:
         return False
     first = spec.shape[0]
     if isinstance(first, str) and _STEPS_NAME.search(first):

@@ -64,7 +64,7 @@ def _hits(prediction: Array, target: Array, probabilities: bool) -> Array:
     return np.asarray(hits, np.float64)
 
 
-def _are_probabilities(prediction: Array) -> bool:
+def are_probabilities(prediction: Array) -> bool:
     """Tells whether predictions of classes can be probabilities."""
     if prediction.size and (prediction.min() < 0 or prediction.max() > 1):
         return False
@@ -209,7 +209,7 @@ class Evaluation:
         if len(t) == 0:
             return
         if metric.classes:
-            self.probabilities &= _are_probabilities(p)
+            self.probabilities &= are_probabilities(p)
         # Which of the two it is shows only when all are seen.
         self._totals += [float(metric.per_item(p, t, q).sum()) for q in (False, True)]
         self._items += len(t)
@@ -378,7 +378,7 @@ class Deviation:
         if columns > 1:
             self._same += np.count_nonzero((one.argmax(axis=1) == two.argmax(axis=1)) & known)
         else:  # which of the two a single entry is shows only when all are seen
-            self._probabilities &= _are_probabilities(one)
+            self._probabilities &= are_probabilities(one)
             for kind, half in enumerate((0, 0.5)):
                 self._same[kind] += np.count_nonzero(((one > half) == (two > half))[:, 0] & known)
         self._items += len(one)

@@ -508,11 +508,112 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class FineTune:
+    """How a pruned model is trained.
+
+    Attributes:
+        epochs: At most so many; 0 for no training.
+        train: What to train on; None for the calibration data, or else the data.
+        validation: What decides which weights are kept; None for a part of the training data.
+        distill: Share of the loss that holds outputs against the original's, 0 to 1; None: all of
+            it without labels, nothing with them.
+        temperature: Of distillation.
+        lr: Learning rate after the warm-up.
+        batch: Samples of an update.
+        schedule: A key of :data:`rnnprune_cli.options.SCHEDULES`.
+        patience: Epochs without a better model after which training ends.
+        clip: Norm to which gradients are cut.
+        bptt: Steps of a sequence after which gradients stop; None for the whole sequence.
+        balance: Whether rare classes count more, so that each counts the same in all.
+        output_weights: ``OUTPUT=WEIGHT`` of losses; 1 for others.
+        freeze: Globs of weights, or nodes that read them, that stay as they are.
+        resume: Go on where an earlier run was interrupted.
+        logdir: Where TensorBoard's logs go.
+        strategy: A key of :data:`rnnprune_cli.options.STRATEGIES`.
+    """
+
+    epochs: int = 0
+    train: Path | None = None
+    validation: Path | None = None
+    distill: float | None = None
+    temperature: float = 2.0
+    lr: float = 1e-3
+    batch: int = 32
+    schedule: str = "one-shot"
+    patience: int = 10
+    clip: float = 1.0
+    bptt: int | None = None
+    balance: bool = False
+    output_weights: tuple[str, ...] = ()
+    freeze: tuple[str, ...] = ()
+    resume: bool = False
+    logdir: Path | None = None
+    strategy: str = "single"
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What an epoch of training came to.
+
+    Attributes:
+        loss: Mean over its updates.
+        validation_loss: On data that were not trained on.
+        metrics: On the same.
+        drop: What they are worse than the original's; see :func:`metrics.drop`.
+        sparsity: Of what is pruned, at its end.
+        lr: Learning rate at its end.
+        seconds: What it took.
+    """
+
+    loss: float
+    validation_loss: float
+    metrics: tuple[MetricValue, ...]
+    drop: float
+    sparsity: float
+    lr: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """How a model was trained.
+
+    Attributes:
+        loss: What was minimized, in words.
+        schedule: As in :class:`FineTune`.
+        samples: Trained on, and validated on.
+        steps: Updates that were made.
+        start: Metrics of the pruned model before, on the validation data.
+        drop: What they were worse than the original's.
+        epochs: What was measured after each.
+        best: Number of the epoch whose weights are kept; 0 for the ones before training.
+        clipped: Updates whose gradient was cut to the norm allowed.
+        rollbacks: How often training diverged and went back to the best weights.
+        stopped: Why it ended before its time; None if it did not.
+        seconds: What all of it took.
+    """
+
+    loss: str
+    schedule: str
+    samples: tuple[int, int]
+    steps: int
+    start: tuple[MetricValue, ...]
+    drop: float
+    epochs: tuple[Epoch, ...]
+    best: int
+    clipped: int
+    rollbacks: int
+    stopped: str | None
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Plan:
-    """What is to be done: stages in order, and the seed of everything random."""
+    """What is to be done: stages in order, training after them, and the seed of all randomness."""
 
     stages: tuple[Stage, ...]
     seed: int = 0
+    finetune: FineTune | None = None
 
 
 @dataclass(frozen=True)
@@ -818,6 +919,7 @@ class Report:
     sensitivity: tuple[Curve, ...] = ()
     trials: tuple[Trial, ...] = ()
     checks: tuple[Check, ...] = ()
+    finetune: FineTuned | None = None
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ class OnnxModel(LoadedModel):
         resized: Mapping[str, tuple[BoolArray, int]] | None = None,
     ) -> None:
         self.lifts = lifts
-        self._resized = dict(resized or {})
+        self.resized = dict(resized or {})
         self._file = path
         self.path = shown_path or path
         proto = read_proto(path)
@@ -237,7 +237,7 @@ class OnnxModel(LoadedModel):
             runner = self._open_ir(model, self._inlined(model), threads)
         else:
             runner = OnnxRunner(path, threads, self._inputs, self._outputs, self._hints, self.big)
-        return ResizedRunner(runner, self._resized) if self._resized else runner
+        return ResizedRunner(runner, self.resized) if self.resized else runner
 
     def _executed(self, walker: Walker) -> Iterator[tuple[Located, RecurrentLayer]]:
         """Yields every executed prunable node of a copy of the model with its layer."""

@@ -12,7 +12,7 @@ from rnnprune_cli.errors import UsageError, closest
 from rnnprune_cli.load import TENSORFLOW_SUFFIXES
 from rnnprune_cli.methods import method as find_method
 from rnnprune_cli.metrics import check_metric
-from rnnprune_cli.model import ExportOptions, LoadedModel, Stage, Target
+from rnnprune_cli.model import ExportOptions, FineTune, LoadedModel, Stage, Target
 from rnnprune_cli.select import GRANULARITIES as WEIGHT_GRANULARITIES
 from rnnprune_cli.select import SCOPES, UNIT_SCOPES, parse_pattern
 
@@ -35,6 +35,13 @@ STRUCTURES = ("unit", "layer")
 """Granularities that are cut out of the model instead of becoming zeros."""
 SENSITIVITY = "sensitivity"
 _SENSITIVITY = "as the default, but each layer loses what it can bear, as measured on data"
+SCHEDULES = {
+    "one-shot": "all that goes is gone before training begins",
+    "polynomial": "weights go while training, fast at first; units fade away, then are cut",
+    "constant": "weights go at once after a tenth of the training",
+}
+"""When what goes is removed, if the model is fine-tuned."""
+STRATEGIES = ("single", "mirrored", "multiworker")
 MAX_THREADS = 256
 MAX_TRIALS = 40
 
@@ -65,11 +72,22 @@ class PruneOptions:
     trials: int = MAX_TRIALS
     family: tuple[float, ...] = ()
     family_of: str | None = None
+    finetune: FineTune = dataclasses.field(default_factory=FineTune)
+
+    @property
+    def trained_on(self) -> Path | None:
+        """What fine-tuning learns from."""
+        return self.finetune.train or self.calibration or self.data
 
     @property
     def cuts(self) -> bool:
         """Tells whether units or layers are to be removed."""
         return any(stage.granularity in STRUCTURES for stage in self.stages)
+
+    @property
+    def rebuilds(self) -> bool:
+        """Tells whether the model cannot be changed where it is: all works on its ONNX form."""
+        return self.cuts
 
     @property
     def masks(self) -> bool:
@@ -187,11 +205,60 @@ def check_options(options: PruneOptions) -> None:
             )
     if options.trials < 2:
         raise UsageError(f"--trials {options.trials} is less than 2", "a search has to compare")
+    _check_finetune(options)
     if not 1 <= options.threads <= MAX_THREADS:
         raise UsageError(
             f"--threads {options.threads} is not between 1 and {MAX_THREADS}",
             "more threads than cores do not make a model faster",
         )
+
+
+def _check_finetune(options: PruneOptions) -> None:
+    own = options.finetune
+    if own.epochs < 0:
+        raise UsageError(f"--finetune {own.epochs} is no number of epochs", "such as 5")
+    if own.epochs == 0:
+        changed = [f.name for f in dataclasses.fields(own) if getattr(own, f.name) != f.default]
+        if changed:
+            option = OPTION_OF.get(changed[0], changed[0].replace("_", "-"))
+            raise UsageError(f"--{option} is for fine-tuning", "use it with --finetune EPOCHS")
+        return
+    if not options.stages:
+        raise UsageError("there is nothing to fine-tune", "give --sparsity")
+    if options.trained_on is None:
+        raise UsageError("fine-tuning needs data", "give --train TRAIN.npz, or --data")
+    if own.schedule not in SCHEDULES:
+        raise UsageError(f"there is no schedule '{own.schedule}'", closest(own.schedule, SCHEDULES))
+    if own.schedule == "constant" and options.stages[-1].granularity in STRUCTURES:
+        raise UsageError(
+            "--schedule constant is for single weights", "take one-shot, or polynomial"
+        )
+    if own.strategy not in STRATEGIES:
+        raise UsageError(
+            f"there is no strategy '{own.strategy}'", closest(own.strategy, STRATEGIES)
+        )
+    if own.distill is not None and not 0 <= own.distill <= 1:
+        raise UsageError(
+            f"--distill {own.distill:g} is not between 0 and 1",
+            "it is the share of the loss that holds outputs against the original's",
+        )
+    limits = {
+        "--temperature": (own.temperature, 1e-3, 1e3),
+        "--lr": (own.lr, 1e-12, 1e3),
+        "--batch": (own.batch, 1, 1 << 20),
+        "--patience": (own.patience, 1, 1 << 20),
+        "--clip": (own.clip, 1e-9, 1e9),
+        "--bptt": (1 if own.bptt is None else own.bptt, 1, 1 << 30),
+    }
+    for option, (value, least, most) in limits.items():
+        if not least <= value <= most:
+            raise UsageError(
+                f"{option} {value:g} is not between {least:g} and {most:g}", "leave it out"
+            )
+
+
+OPTION_OF = {"epochs": "finetune", "output_weights": "loss-weight"}
+"""Field of :class:`FineTune` → option, where it is called otherwise."""
 
 
 def _check_stage(stage: Stage) -> None:
@@ -224,19 +291,29 @@ def _check_stage(stage: Stage) -> None:
         raise UsageError(f"{option} is for units", "use it with --granularity unit")
 
 
-def output_path(model: Path, output: Path | None, what: str = "pruned") -> tuple[Path, str]:
+def output_path(
+    model: Path, output: Path | None, what: str = "pruned", rebuilds: bool = False
+) -> tuple[Path, str]:
     """Returns where the result goes and its format, from the two paths alone.
 
     Args:
         model: The model.
         output: What the user gave.
         what: Part of the name if nothing was given.
+        rebuilds: See :attr:`PruneOptions.rebuilds`.
 
     Raises:
         UsageError: If the format cannot be written from this kind of model.
     """
     from_tensorflow = model.is_dir() or model.suffix.lower() in TENSORFLOW_SUFFIXES
     own = "savedmodel" if model.is_dir() else "keras" if from_tensorflow else "onnx"
+    if own == "keras" and rebuilds and (output is None or output.suffix.lower() != ".onnx"):
+        if output is not None and _is_directory(output):
+            return output, "savedmodel"
+        raise UsageError(
+            f"a model that loses units or layers is not written as a {model.suffix} file",
+            "give a directory for a SavedModel, -o NAME, or -o NAME.onnx",
+        )
     if output is None:
         if model.is_dir():
             named = model.resolve() if model.name in ("", "..") else model
@@ -247,8 +324,11 @@ def output_path(model: Path, output: Path | None, what: str = "pruned") -> tuple
     if suffix == ".onnx":
         return output, "onnx"
     if own == "onnx":
+        if _is_directory(output):
+            return output, "savedmodel"
         raise UsageError(
-            f"an ONNX model cannot be written as '{output}'", "the output must end in .onnx"
+            f"an ONNX model cannot be written as '{output}'",
+            "the output must end in .onnx; a directory for a SavedModel has no ending",
         )
     if own == "keras" and suffix != model.suffix.lower():
         raise UsageError(
@@ -261,6 +341,12 @@ def output_path(model: Path, output: Path | None, what: str = "pruned") -> tuple
             "the output must be a directory, or end in .onnx",
         )
     return output, own
+
+
+def _is_directory(output: Path) -> bool:
+    """Tells whether a path is to be a directory; what follows its last dot may be a number."""
+    suffix = output.suffix.lower()
+    return output.is_dir() or not (suffix in TENSORFLOW_SUFFIXES or suffix[1:].isalpha())
 
 
 def check_output(options: PruneOptions, output: Path, output_format: str) -> None:
@@ -278,7 +364,7 @@ def check_output(options: PruneOptions, output: Path, output_format: str) -> Non
             f"the folder of {output} does not exist", f"make it first: mkdir -p {output.parent}"
         )
     for path in (output, data_file(output)) if output_format == "onnx" else (output,):
-        if path.exists() and not options.force:
+        if path.exists() and not (options.force or options.finetune.resume):
             raise UsageError(f"{path} exists already", "overwrite it with --force, or give -o")
         if any(report.resolve() == path.resolve() for report in options.reports):
             raise UsageError(f"{path} is the output and a report", "give one of them another path")

@@ -6,17 +6,19 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rnnprune_cli import measure
 from rnnprune_cli.apply import VERIFIED_SAMPLES, Applied, Applier, Inputs, Progress
 from rnnprune_cli.data import Dataset, load_dataset, padded_on_the_right, varied_feeds
 from rnnprune_cli.errors import RnnpruneError, UsageError
+from rnnprune_cli.finetune import Job, check_state, finetuned, state_folder
 from rnnprune_cli.gate_order import ONNX_ORDER
 from rnnprune_cli.load import load
 from rnnprune_cli.methods import method as find_method
@@ -28,6 +30,7 @@ from rnnprune_cli.model import (
     Curve,
     ExportOptions,
     Feed,
+    FineTuned,
     Layer,
     LayerRow,
     LoadedModel,
@@ -64,8 +67,12 @@ from rnnprune_cli.options import (
 from rnnprune_cli.save import provenance
 from rnnprune_cli.search import DROP, Search, checked, checked_target
 from rnnprune_cli.sensitivity import advised, curves, divided, measurable
+from rnnprune_cli.tensorflow.store import check_dense
 from rnnprune_cli.verify import require, run_all, verify_same, verify_weights
 from rnnprune_cli.weights import distinct_weights
+
+if TYPE_CHECKING:
+    from rnnprune_cli.trainer.export import Exporter
 
 LOOK = Stage("magnitude", "weight", "row", 0.0)
 """A stage that does nothing, for a look at a model as ``prune`` sees it."""
@@ -113,6 +120,7 @@ class Opened:
         applier: Applies stages.
         pool: For work beside the main thread.
         progress: Called with a short text at the beginning of each step.
+        exporter: Makes a SavedModel of what was written as ONNX, if that is asked for.
     """
 
     options: PruneOptions
@@ -126,6 +134,7 @@ class Opened:
     applier: Applier
     pool: ThreadPoolExecutor
     progress: Progress
+    exporter: Exporter | None = None
 
 
 @contextlib.contextmanager
@@ -146,7 +155,7 @@ def opened(options: PruneOptions, output_format: str, progress: Progress) -> Ite
         pool = stack.enter_context(ThreadPoolExecutor(1))
         described = pool.submit(_describe, source.files)
         base, limits = source, tuple[str, ...]()
-        if output_format == "onnx" and source.format != "onnx":
+        if source.format != "onnx" and (output_format == "onnx" or options.rebuilds):
             progress("converting to ONNX")
             base = _converted(source, stack)
         elif source.format != "onnx":
@@ -157,7 +166,15 @@ def opened(options: PruneOptions, output_format: str, progress: Progress) -> Ite
         if not options.stages:
             _require_lifts(base)
         require_layers(base)
-        count = source.count() if source.format == base.format else base.count()
+        exporter = None
+        if output_format == "savedmodel" and base.format == "onnx":
+            from rnnprune_cli.trainer.export import Exporter
+
+            progress("trying whether it can be written as TensorFlow")
+            exporter = Exporter(source, base, options.threads)
+            limits += exporter.warnings
+        converts = base.format != source.format and exporter is None
+        count = base.count() if converts else source.count()
         inputs = Inputs(options, source, base)
 
         def as_onnx(model: LoadedModel) -> LoadedModel:
@@ -175,6 +192,7 @@ def opened(options: PruneOptions, output_format: str, progress: Progress) -> Ite
             Applier(inputs, as_onnx, stack, progress),
             pool,
             progress,
+            exporter,
         )
 
 
@@ -245,7 +263,7 @@ def _member(options: PruneOptions, value: float) -> PruneOptions:
         stages = (*stages[:-1], last)
     else:
         targets = (*targets, checked_target(Target(target, value)))
-    output, _ = output_path(options.model, options.output)
+    output, _ = output_path(options.model, options.output, rebuilds=options.rebuilds)
     named = output.with_name(f"{output.stem}-{value:g}{output.suffix}")
     return dataclasses.replace(options, stages=stages, targets=targets, output=named, family=())
 
@@ -255,8 +273,13 @@ def _finished(
 ) -> Report:
     """Applies the stages, and writes, verifies and measures the result."""
     planned = _planned(session, options)
-    plan = Plan(planned.stages, options.seed)
-    with written(session, planned.applied, output, plan) as result:
+    applied, log = planned.applied, None
+    with contextlib.ExitStack() as stack:
+        training = options.finetune.epochs > 0
+        plan = Plan(planned.stages, options.seed, options.finetune if training else None)
+        if training:
+            applied, log = _finetuned(session, planned, output, stack)
+        result = stack.enter_context(written(session, applied, output, plan))
         report = result.report(arguments)
         lost = None
         if options.targets and report.before.metrics:
@@ -273,9 +296,35 @@ def _finished(
             sensitivity=planned.curves,
             trials=planned.trials,
             warnings=(*report.warnings, *warnings),
+            finetune=log,
         )
         result.move()
+    if log is not None and not (log.stopped or "").startswith("interrupted"):
+        shutil.rmtree(state_folder(output), ignore_errors=True)
     return report
+
+
+def _finetuned(
+    session: Opened, planned: _Planned, output: Path, stack: contextlib.ExitStack
+) -> tuple[Applied, FineTuned]:
+    """Trains what the stages made; its files live as long as the stack."""
+    folder = state_folder(output)
+    if folder.exists() and not session.options.finetune.resume:
+        shutil.rmtree(folder)  # checked_output refuses without --force
+    folder.mkdir(exist_ok=True)
+    scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="rnnprune-"))
+    job = Job(
+        dataclasses.replace(session.options, stages=planned.stages),
+        session.inputs,
+        session.applier.again,
+        planned.before,
+        planned.stages[-1],
+        planned.applied,
+        folder,
+        Path(scratch),
+        session.progress,
+    )
+    return finetuned(job)
 
 
 @dataclass(frozen=True, eq=False)
@@ -284,6 +333,8 @@ class _Planned:
 
     stages: tuple[Stage, ...]
     applied: Applied
+    before: Applied
+    """Without the last of them."""
     curves: tuple[Curve, ...] = ()
     trials: tuple[Trial, ...] = ()
 
@@ -292,13 +343,14 @@ def _planned(session: Opened, options: PruneOptions) -> _Planned:
     """Applies the stages; finds what each layer is to lose, where that is asked for."""
     applier, threads = session.applier, options.threads
     done, stages = Applied(session.base), list[Stage]()
+    before = done
     found, trials = tuple[Curve, ...](), tuple[Trial, ...]()
     for stage in options.stages:
         if options.targets and stage is options.stages[-1]:
             plain = stage
             if stage.scope == SENSITIVITY:
                 plain = dataclasses.replace(stage, scope=next(iter(scopes_of(stage.granularity))))
-            before = {
+            sizes = {
                 "bytes": session.files.result().bytes,
                 "parameters": session.count.parameters,
                 "nonzero": session.count.nonzero,
@@ -309,7 +361,7 @@ def _planned(session: Opened, options: PruneOptions) -> _Planned:
                 session.inputs,
                 plain,
                 options.targets,
-                before,
+                sizes,
                 options.export,
                 options.trials,
                 session.progress,
@@ -321,9 +373,9 @@ def _planned(session: Opened, options: PruneOptions) -> _Planned:
                 raise UsageError("scope 'sensitivity' measures what layers can bear", "give --data")
             quality = measurable(session.inputs, data)
             stage, found = divided(applier, done, stage, quality, threads, session.progress)
-        done = applier.add(done, stage)
+        before, done = done, applier.add(done, stage)
         stages.append(stage)
-    return _Planned(tuple(stages), done, found, trials)
+    return _Planned(tuple(stages), done, before, found, trials)
 
 
 def sensitivity(
@@ -402,23 +454,27 @@ def checked_output(options: PruneOptions) -> tuple[Path, str]:
         UsageError: If it cannot go there, or cannot hold what is asked for.
     """
     what = "pruned" if options.stages else "lifted"
-    output, output_format = output_path(options.model, options.output, what)
+    output, output_format = output_path(options.model, options.output, what, options.rebuilds)
     if not options.stages and output_format != "onnx":
         raise UsageError(
             "only ONNX models hold recurrent operators", "give an output with -o X.onnx"
         )
-    if options.cuts and output_format != "onnx":
-        cut = next(s.granularity for s in options.stages if s.granularity in STRUCTURES)
-        raise UsageError(
-            f"a {cut} can only be removed from ONNX models",
-            f"give an output with -o {options.model.resolve().name}.onnx: the model is converted",
-        )
-    if any(stage.include for stage in options.stages) and output_format != "onnx":
+    if output_format == "savedmodel" and (options.rebuilds or _own_format(options) == "onnx"):
+        check_dense(options.export)
+        only_onnx = [t.name for t in options.targets if t.name in ("latency", "bytes")]
+        if only_onnx:
+            raise UsageError(
+                f"target '{only_onnx[0]}' cannot be searched for in a SavedModel that is rebuilt",
+                f"give an output with -o {options.model.resolve().name}.onnx",
+            )
+    elif any(stage.include for stage in options.stages) and output_format != "onnx":
         raise UsageError(
             "--include is for ONNX models",
             f"give an output with -o {options.model.resolve().name}.onnx: the model is converted",
         )
     check_output(options, output, output_format)
+    if options.finetune.epochs:
+        check_state(output, options.finetune, options.force)
     return output, output_format
 
 
@@ -436,6 +492,7 @@ class Written:
     claims: tuple[Claim, ...]
     count: ParameterCount
     files: Future[_Files]
+    reopen: Callable[[], Runner]
 
     def report(self, arguments: Mapping[str, Any]) -> Report:
         """Compares it with the original, measures both, and says all there is to say."""
@@ -449,6 +506,7 @@ class Written:
             session.inputs,
             self.nonzero,
             (session.count, self.count),
+            self.reopen,
         )
         files_before, files_after = session.files.result(), self.files.result()
         session.progress("comparing the models' outputs")
@@ -518,12 +576,16 @@ def written(session: Opened, applied: Applied, output: Path, plan: Plan) -> Iter
         RnnpruneError: If it is not equivalent to the masked model.
     """
     model, progress, inputs = applied.model, session.progress, session.inputs
+    threads, exporter, note = session.options.threads, session.exporter, provenance(plan)
     changed = model is not session.source
     count = model.count() if changed else session.count  # before runtimes hold copies
     with _folder_beside(output) as folder:
         progress(f"writing {output.name}")
-        form = session.options.export if applied.pruned else ExportOptions("dense")
-        saved = model.save(applied.pruned, folder, output.name, form, provenance(plan))
+        plain = exporter is not None or not applied.pruned
+        form = ExportOptions("dense") if plain else session.options.export
+        name = output.name if exporter is None else f"{output.name}.onnx"
+        saved = model.save(applied.pruned, folder, name, form, note)
+        reopen: Callable[[], Runner] = functools.partial(model.reopen, saved, threads)
         progress("verifying")
         described = session.pool.submit(_describe, saved.files)
         claim, nonzero = verify_weights(model, saved)
@@ -533,11 +595,26 @@ def written(session: Opened, applied: Applied, output: Path, plan: Plan) -> Iter
             *inputs.converted(),
             *applied.claims,
             *([claim] if applied.pruned else []),
-            *_verify(model, saved, inputs, session.options.threads),
+            *_verify(model, saved, inputs, threads),
         )
         require(claims)
+        count = ParameterCount(
+            count.parameters,
+            count.nonzero
+            - sum(stored.weight.nonzero for stored in saved.stored.values())
+            + sum(map(sum, nonzero.values())),
+        )
+        if exporter is not None:
+            progress(f"writing {output.name} as TensorFlow")
+            exported = exporter.write(model, saved, folder / output.name, note)
+            names = [o.name for o in inputs.original.outputs]
+            held = exported.verify(reopen(), inputs.feeds, names, inputs.data is None)
+            claims = (*claims, *held)
+            require(claims)
+            saved, count, reopen = exported.saved, exported.count(), exported.open
+            described = session.pool.submit(_describe, saved.files)
         yield Written(
-            session, applied, plan, output, folder, saved, nonzero, claims, count, described
+            session, applied, plan, output, folder, saved, nonzero, claims, count, described, reopen
         )
 
 
@@ -785,7 +862,9 @@ class _Run:
     inputs: Inputs
     nonzero: Mapping[str, tuple[int, ...]]
     counts: tuple[ParameterCount, ParameterCount]
-    """Of the original, and of the model whose weights are pruned."""
+    """Of the original, and of the written model."""
+    reopen: Callable[[], Runner]
+    """Opens the written model."""
 
     @property
     def original(self) -> Runner:
@@ -805,7 +884,7 @@ class _Run:
     @functools.cached_property
     def pruned(self) -> Runner:
         """The written model."""
-        return self.model.reopen(self.saved, self.options.threads)
+        return self.reopen()
 
 
 @dataclass(frozen=True)
@@ -862,12 +941,10 @@ def _measured(
     feed = run.feeds[0] if data is None else data.feed(0, 1)
     openers: tuple[Callable[[], Runner], Callable[[], Runner]]
     openers, rounds = (lambda: run.original, lambda: run.pruned), 1
-    if run.source.format == "onnx" and not run.source.big:  # others take seconds to open
+    both = run.source.format == run.saved.format == "onnx"
+    if both and not run.source.big:  # others take seconds to open
         rounds = measure.ROUNDS
-        openers = (
-            lambda: run.source.open(options.threads),
-            lambda: run.model.reopen(run.saved, options.threads),
-        )
+        openers = (lambda: run.source.open(options.threads), run.reopen)
     latency_before, latency_after, ratio = measure.interleaved_latency(
         openers, feed, options.latency_seconds, rounds, options.seed
     )
@@ -887,9 +964,7 @@ def _measured(
     )
     after = Measurement(
         parameters=run.counts[1].parameters,
-        nonzero=run.counts[1].nonzero
-        - sum(stored.weight.nonzero for stored in run.saved.stored.values())
-        + sum(sum(counts) for counts in run.nonzero.values()),
+        nonzero=run.counts[1].nonzero,
         recurrent_parameters=sum(w.size for w in left),
         recurrent_nonzero=nonzero_after,
         bytes=files_after.bytes,
@@ -948,12 +1023,14 @@ def _advice(run: _Run, gzip_estimated: bool) -> Iterator[str]:
             "the sparsity was searched for on the data that the metric is measured on, which"
             " flatters it: measure again on other data"
         )
-    if run.source.format != run.base.format:
+    if run.source.format != run.saved.format == "onnx":
         yield (
             "latency before is TensorFlow's, after onnxruntime's: to see what pruning alone brings,"
             " convert first (--sparsity 0 -o model.onnx)"
         )
-    if stages and not run.options.cuts and run.source.format == run.model.format:
+    elif run.source.format == "onnx" != run.saved.format:
+        yield "latency before is onnxruntime's, after TensorFlow's"
+    if stages and not run.options.cuts and run.source.format == run.saved.format:
         yield (
             "runtimes multiply zeros too: removing single weights does not change latency,"
             " --granularity unit does"

@@ -63,6 +63,20 @@ KEYS: Mapping[str, str] = {
     "trials": "trials",
     "export": "export.export",
     "values": "export.values",
+    "finetune": "finetune.epochs",
+    "train": "finetune.train",
+    "validation": "finetune.validation",
+    "distill": "finetune.distill",
+    "temperature": "finetune.temperature",
+    "lr": "finetune.lr",
+    "batch": "finetune.batch",
+    "schedule": "finetune.schedule",
+    "patience": "finetune.patience",
+    "clip": "finetune.clip",
+    "bptt": "finetune.bptt",
+    "balance": "finetune.balance",
+    "loss-weight": "finetune.output_weights",
+    "freeze": "finetune.freeze",
     "signature": "signature",
     "assume-right-padding": "right_padding",
     "threads": "threads",
@@ -79,8 +93,20 @@ STAGE_DEFAULTS: Mapping[str, Any] = {
     "sparsity": None,
 }
 """What a stage says if it does not say so; fields that have a default themselves are not here."""
-COMMAND_LINE_ONLY = ("force", "format", "quiet", "report", "save-recipe", "verbose")
+COMMAND_LINE_ONLY = (
+    "force",
+    "format",
+    "logdir",
+    "quiet",
+    "report",
+    "resume",
+    "save-recipe",
+    "strategy",
+    "verbose",
+)
 """Options of ``prune`` that a recipe has not: they do not change the result."""
+FINETUNE = tuple(KEYS)[tuple(KEYS).index("finetune") : tuple(KEYS).index("signature")]
+"""Keys that are left out where nothing is fine-tuned."""
 SEARCH = ("target", "family", "trials")
 """Keys that say how sparsities are found; what was found is in the stages of a report."""
 _DECIDE = ("seed", "threads", "data", "calibration")
@@ -571,6 +597,9 @@ def _top(options: PruneOptions) -> dict[str, Any]:
     values["target"] = [*texts, *([options.family_of] if options.family_of else [])]
     if not options.targets and not options.family:
         for key in SEARCH:
+            del values[key]
+    if not options.finetune.epochs:
+        for key in FINETUNE:
             del values[key]
     return {key: value for key, value in values.items() if value not in (None, (), [])}
 

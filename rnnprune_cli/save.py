@@ -12,6 +12,8 @@ from rnnprune_cli import __version__
 from rnnprune_cli.errors import UsageError
 from rnnprune_cli.model import Plan
 
+_PLACES = ("train", "validation", "resume", "logdir", "strategy")
+
 
 def check_writable(path: Path, force: bool) -> None:
     """Raises UsageError if a file must not or cannot be written."""
@@ -52,4 +54,10 @@ def _umask() -> int:
 
 def provenance(plan: Plan) -> str:
     """Returns what a written model says of where it comes from."""
-    return json.dumps({"version": __version__, "plan": dataclasses.asdict(plan)}, sort_keys=True)
+    fields = dataclasses.asdict(plan)
+    if plan.finetune is None:
+        del fields["finetune"]
+    else:  # where things lie is nobody's business
+        own = fields["finetune"]
+        fields["finetune"] = {k: v for k, v in own.items() if k not in _PLACES}
+    return json.dumps({"version": __version__, "plan": fields}, sort_keys=True)

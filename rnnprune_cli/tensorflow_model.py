@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from rnnprune_cli.errors import RnnpruneError, UsageError
+from rnnprune_cli.errors import RnnpruneError
 from rnnprune_cli.gate_order import keras_to_onnx, onnx_to_keras
 from rnnprune_cli.model import (
     GATES,
@@ -38,7 +38,7 @@ from rnnprune_cli.model import (
 from rnnprune_cli.tensorflow.recurrence import Findings, Recurrence, layer_path
 from rnnprune_cli.tensorflow.runtime import Program, TensorFlowRunner, is_float, set_threads
 from rnnprune_cli.tensorflow.savedmodel import SavedModelStore
-from rnnprune_cli.tensorflow.store import Change, Store
+from rnnprune_cli.tensorflow.store import Change, Store, check_dense
 
 _KERAS_SUFFIXES = (".keras", ".h5", ".hdf5")
 
@@ -293,16 +293,7 @@ class TensorFlowModel(LoadedModel):
             UsageError: If the options ask for what only ONNX can hold.
             RnnpruneError: If the files have changed since, or cannot be written.
         """
-        if options.export not in ("auto", "dense"):
-            raise UsageError(
-                f"a TensorFlow model cannot hold {options.export} weights",
-                "write ONNX instead, with -o NAME.onnx, or use --export dense",
-            )
-        if options.values != "float32":
-            raise UsageError(
-                f"a TensorFlow model cannot hold {options.values} values for its variables",
-                "write ONNX instead, with -o NAME.onnx",
-            )
+        check_dense(options)
         changes = {}
         for key, values in pruned.items():
             kernel = self._kernels[key]

@@ -18,7 +18,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -80,26 +80,61 @@ class DataSets:
 
 
 @dataclass(frozen=True)
+class Network:
+    """A network before training, and how to convert it.
+
+    Attributes:
+        model: What is trained; its inputs carry the names of arrays in the data.
+        loss: Loss of ``labels`` and the model's output.
+        signature: Inputs of the converted model, in the order of the network's.
+        output: Name of the converted model's output.
+        axes: Names of the converted model's dynamic axes, None for fixed ones.
+        unmasked: The same layers without the mask, where the converted LSTM gets lengths instead.
+    """
+
+    model: Model
+    loss: keras.Loss | tf_keras.losses.Loss
+    signature: list[tf.TensorSpec]
+    output: str
+    axes: Axes
+    unmasked: Model | None = None
+
+
+@dataclass(frozen=True)
 class Task:
     """How one sample model is made.
 
     Attributes:
         read: Reads the data out of the package that ships it.
-        train: Trains on the training split and writes the model.
+        build: Makes the network of a framework, for data and a number of hidden units.
+        export: Writes the trained network into a folder.
         predict: Runs the written model file on a split.
         score: Metric of predictions, by name.
         baselines: Metric of trivial predictors, by name.
         test_samples: How many test samples are kept, spread evenly; None keeps all.
         calibration_samples: How many training samples the calibration file gets.
+        units: Hidden units of each recurrent layer and direction.
+        batch: Samples in a training step.
+        epochs: Passes over the training split.
+        rate: Highest learning rate.
+        vary: Makes what is trained on of the training split.
+        framework: The ``keras`` or the ``tf_keras`` module.
     """
 
     read: Callable[[], DataSets]
-    train: Callable[[DataSets, Path], None]
+    build: Callable[[ModuleType, DataSets, int], Network]
+    export: Callable[[Network, Path, dict[str, str]], None]
     predict: Callable[[Path, Arrays], np.ndarray]
     score: Callable[[np.ndarray, Arrays], dict[str, float]]
     baselines: Callable[[DataSets], dict[str, float]]
     test_samples: int | None
     calibration_samples: int
+    units: int
+    batch: int
+    epochs: int
+    rate: float
+    vary: Callable[[Arrays], Arrays] = dict
+    framework: ModuleType = keras
 
 
 def package_folder(package: str) -> Path:
@@ -271,94 +306,93 @@ def watch_windows(record: Mapping[str, Any], series: np.ndarray, stride: int) ->
 # --------------------------------------------------------------------------------------------------
 
 
-def train_language(data: DataSets, folder: Path) -> None:
-    """Trains a character-level LSTM that predicts the next character at every step."""
+def build_language(framework: ModuleType, data: DataSets, units: int) -> Network:
+    """A character-level LSTM that predicts the next character at every step."""
+    layers = framework.layers
     characters = len(json.loads(data.metadata["vocabulary"]))
-    tokens = keras.Input((None,), dtype="int32", name="tokens")
-    hidden = keras.layers.Embedding(characters, 64)(tokens)
-    hidden = keras.layers.LSTM(256, return_sequences=True)(hidden)
-    model = keras.Model(tokens, keras.layers.Dense(characters)(hidden))
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    fit(keras, model, data.train, loss, batch=64, epochs=8, rate=4e-3)
-
-    graph = convert(model, [tf.TensorSpec((None, None), tf.int32, "tokens")], "logits")
-    axes: Axes = {"tokens": ["batch", "time"], "logits": ["batch", "time", None]}
-    save_onnx(graph, folder / "language.onnx", axes, data.metadata)
-    check_conversion(model, predict_onnx("language"), folder, data.test)
-
-
-def train_speech(data: DataSets, folder: Path) -> None:
-    """Trains a bidirectional LSTM that tells speakers apart, whatever the utterance's length."""
-    x = keras.Input((None, data.train["x"].shape[2]), name="x")
-    lengths = keras.Input((), dtype="int64", name="lengths")
-    mask = keras.layers.Lambda(lambda both: tf.sequence_mask(both[1], tf.shape(both[0])[1]))(
-        [x, lengths]
+    tokens = framework.Input((None,), dtype="int32", name="tokens")
+    hidden = layers.Embedding(characters, 64)(tokens)
+    hidden = layers.LSTM(units, return_sequences=True)(hidden)
+    return Network(
+        framework.Model(tokens, layers.Dense(characters)(hidden)),
+        framework.losses.SparseCategoricalCrossentropy(from_logits=True),
+        [tf.TensorSpec((None, None), tf.int32, "tokens")],
+        "logits",
+        {"tokens": ["batch", "time"], "logits": ["batch", "time", None]},
     )
+
+
+def build_speech(framework: ModuleType, data: DataSets, units: int) -> Network:
+    """A bidirectional LSTM that tells speakers apart, whatever the utterance's length."""
+    layers = framework.layers
+    x = framework.Input((None, data.train["x"].shape[2]), name="x")
+    lengths = framework.Input((), dtype="int64", name="lengths")
+    mask = layers.Lambda(lambda both: tf.sequence_mask(both[1], tf.shape(both[0])[1]))([x, lengths])
     # Padded steps are all zero, real ones never are.
     steps = data.train["x"][data.train["x"].any(axis=2)]
-    noisy = keras.layers.GaussianNoise(0.6)(standardize(keras, x, steps))
-    recurrent = keras.layers.Bidirectional(keras.layers.LSTM(64, return_sequences=True))
-    average = keras.layers.GlobalAveragePooling1D()
-    dropout = keras.layers.Dropout(0.5)
-    dense = keras.layers.Dense(9)
-
+    noisy = layers.GaussianNoise(0.6)(standardize(framework, x, steps))
+    recurrent = layers.Bidirectional(layers.LSTM(units, return_sequences=True))
+    average = layers.GlobalAveragePooling1D()
+    dropout = layers.Dropout(0.5)
+    dense = layers.Dense(9)
     masked = average(recurrent(noisy, mask=mask), mask=mask)
-    model = keras.Model([x, lengths], dense(dropout(masked)))
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    fit(keras, model, data.train, loss, batch=16, epochs=100, rate=2e-3)
-
     # A masked Keras layer becomes a Loop. Convert the layer without its mask, which gives an LSTM
     # node, and let that node skip the padding through its own input for sequence lengths.
-    unmasked = keras.Model([x, lengths], dense(dropout(average(recurrent(noisy), mask=mask))))
-    signature = [
-        tf.TensorSpec((None, None, x.shape[2]), tf.float32, "x"),
-        tf.TensorSpec((None,), tf.int64, "lengths"),
-    ]
-    graph = convert(unmasked, signature, "logits")
-    connect_lengths(graph, "lengths")
-    axes: Axes = {"x": ["batch", "time", None], "lengths": ["batch"], "logits": ["batch", None]}
-    save_onnx(graph, folder / "speech.onnx", axes, data.metadata)
-    check_conversion(model, predict_onnx("speech"), folder, data.test)
+    unmasked = average(recurrent(noisy), mask=mask)
+    return Network(
+        framework.Model([x, lengths], dense(dropout(masked))),
+        framework.losses.SparseCategoricalCrossentropy(from_logits=True),
+        [
+            tf.TensorSpec((None, None, x.shape[2]), tf.float32, "x"),
+            tf.TensorSpec((None,), tf.int64, "lengths"),
+        ],
+        "logits",
+        {"x": ["batch", "time", None], "lengths": ["batch"], "logits": ["batch", None]},
+        unmasked=framework.Model([x, lengths], dense(dropout(unmasked))),
+    )
 
 
-def train_timeseries(data: DataSets, folder: Path) -> None:
-    """Trains a GRU that forecasts the temperatures of the next day."""
-    # Keras 2, whose GRU tf2onnx turns into one GRU node; that of Keras 3 becomes a Loop.
-    layers = tf_keras.layers
-    x = tf_keras.Input((None, data.train["x"].shape[2]), name="x")
+def build_timeseries(framework: ModuleType, data: DataSets, units: int) -> Network:
+    """A GRU that forecasts the temperatures of the next day."""
+    layers = framework.layers
+    x = framework.Input((None, data.train["x"].shape[2]), name="x")
     steps = data.train["x"].reshape(-1, x.shape[2])
-    hidden = layers.GaussianNoise(0.1)(standardize(tf_keras, x, steps))
-    hidden = layers.GRU(128)(hidden)
+    hidden = layers.GaussianNoise(0.1)(standardize(framework, x, steps))
+    hidden = layers.GRU(units)(hidden)
     scaled = layers.Dense(HORIZON_HOURS)(layers.Dropout(0.3)(hidden))
     celsius = layers.Rescaling(float(steps[:, 0].std()), float(steps[:, 0].mean()))(scaled)
-    model = tf_keras.Model(x, celsius)
-    loss = tf_keras.losses.MeanAbsoluteError()
-    fit(tf_keras, model, data.train, loss, batch=64, epochs=8, rate=2e-3)
+    return Network(
+        framework.Model(x, celsius),
+        framework.losses.MeanAbsoluteError(),
+        [tf.TensorSpec((None, None, x.shape[2]), tf.float32, "x")],
+        "forecast",
+        {"x": ["batch", "time", None], "forecast": ["batch", None]},
+    )
 
-    graph = convert(model, [tf.TensorSpec((None, None, x.shape[2]), tf.float32, "x")], "forecast")
-    axes: Axes = {"x": ["batch", "time", None], "forecast": ["batch", None]}
-    save_onnx(graph, folder / "timeseries.onnx", axes, data.metadata)
-    check_conversion(model, predict_onnx("timeseries"), folder, data.test)
+
+def build_medicine(framework: ModuleType, data: DataSets, units: int) -> Network:
+    """Two stacked LSTMs that recognize shoulder exercises."""
+    layers = framework.layers
+    x = framework.Input((None, data.train["x"].shape[2]), name="x")
+    hidden = standardize(framework, x, data.train["x"].reshape(-1, x.shape[2]))
+    hidden = layers.GaussianNoise(0.5)(hidden)
+    hidden = layers.LSTM(units, return_sequences=True)(hidden)
+    hidden = layers.Dropout(0.5)(hidden)
+    hidden = layers.LSTM(units, return_sequences=True)(hidden)
+    hidden = layers.Dropout(0.5)(layers.GlobalAveragePooling1D()(hidden))
+    return Network(
+        framework.Model(x, layers.Dense(7)(hidden)),
+        framework.losses.SparseCategoricalCrossentropy(from_logits=True),
+        [tf.TensorSpec((None, None, x.shape[2]), tf.float32, "x")],
+        "output_0",
+        {"x": ["batch", "time", None], "output_0": ["batch", None]},
+    )
 
 
-def train_medicine(data: DataSets, folder: Path) -> None:
-    """Trains two stacked LSTMs that recognize shoulder exercises, and exports a SavedModel."""
-    x = keras.Input((None, data.train["x"].shape[2]), name="x")
-    hidden = standardize(keras, x, data.train["x"].reshape(-1, x.shape[2]))
-    hidden = keras.layers.GaussianNoise(0.5)(hidden)
-    hidden = keras.layers.LSTM(96, return_sequences=True)(hidden)
-    hidden = keras.layers.Dropout(0.5)(hidden)
-    hidden = keras.layers.LSTM(96, return_sequences=True)(hidden)
-    hidden = keras.layers.Dropout(0.5)(keras.layers.GlobalAveragePooling1D()(hidden))
-    model = keras.Model(x, keras.layers.Dense(7)(hidden))
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    # Seven people wear a watch in few ways; turning it a little makes up more of them.
-    copies = [rotate(data.train["x"], np.random.default_rng(seed)) for seed in range(6)]
-    varied = {"x": np.concatenate(copies), "labels": np.tile(data.train["labels"], len(copies))}
-    fit(keras, model, varied, loss, batch=64, epochs=4, rate=2e-3)
-
-    model.export(str(folder / "medicine"), format="tf_saved_model", verbose=False)
-    check_conversion(model, predict_saved_model("medicine"), folder, data.test)
+def rotated_copies(data: Arrays) -> Arrays:
+    """Seven people wear a watch in few ways; turning it a little makes up more of them."""
+    copies = [rotate(data["x"], np.random.default_rng(seed)) for seed in range(6)]
+    return {"x": np.concatenate(copies), "labels": np.tile(data["labels"], len(copies))}
 
 
 def rotate(windows: np.ndarray, generator: np.random.Generator) -> np.ndarray:
@@ -392,6 +426,7 @@ def fit(
     batch: int,
     epochs: int,
     rate: float,
+    callbacks: Sequence[Any] = (),
 ) -> None:
     """Trains with Adam, a short warm-up and a cosine decay to zero.
 
@@ -403,6 +438,7 @@ def fit(
         batch: Samples in a step.
         epochs: Passes over the data.
         rate: Highest learning rate.
+        callbacks: The framework's, called while it trains.
     """
     steps = epochs * -(-len(data["labels"]) // batch)
     warm_up = steps // 20
@@ -410,7 +446,14 @@ def fit(
         0.0, steps - warm_up, warmup_target=rate, warmup_steps=warm_up
     )
     model.compile(framework.optimizers.Adam(schedule, clipnorm=1.0), loss)
-    model.fit(inputs_of(data), data["labels"], batch_size=batch, epochs=epochs, verbose=2)
+    model.fit(
+        inputs_of(data),
+        data["labels"],
+        batch_size=batch,
+        epochs=epochs,
+        callbacks=list(callbacks),
+        verbose=2,
+    )
 
 
 def inputs_of(data: Arrays) -> np.ndarray | Arrays:
@@ -458,6 +501,27 @@ def save_onnx(model: onnx.ModelProto, path: Path, axes: Axes, metadata: dict[str
     onnx.helper.set_model_props(model, metadata)
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)
+
+
+def export_onnx(name: str) -> Callable[[Network, Path, dict[str, str]], None]:
+    """Makes a function that converts a network to ``<name>.onnx`` in a folder."""
+
+    def export(network: Network, folder: Path, metadata: dict[str, str]) -> None:
+        graph = convert(network.unmasked or network.model, network.signature, network.output)
+        if network.unmasked is not None:
+            connect_lengths(graph, "lengths")
+        save_onnx(graph, folder / f"{name}.onnx", network.axes, metadata)
+
+    return export
+
+
+def export_saved_model(name: str) -> Callable[[Network, Path, dict[str, str]], None]:
+    """Makes a function that exports a Keras 3 network as the SavedModel ``<name>`` in a folder."""
+
+    def export(network: Network, folder: Path, metadata: dict[str, str]) -> None:
+        network.model.export(str(folder / name), format="tf_saved_model", verbose=False)
+
+    return export
 
 
 def predict_onnx(name: str) -> Callable[[Path, Arrays], np.ndarray]:
@@ -573,41 +637,84 @@ def forecast_baselines(data: DataSets) -> dict[str, float]:
 TASKS = {
     "language": Task(
         read_language,
-        train_language,
+        build_language,
+        export_onnx("language"),
         predict_onnx("language"),
         bits_per_character,
         language_baselines,
         test_samples=1000,
         calibration_samples=500,
+        units=256,
+        batch=64,
+        epochs=8,
+        rate=4e-3,
     ),
     "speech": Task(
         read_speech,
-        train_speech,
+        build_speech,
+        export_onnx("speech"),
         predict_onnx("speech"),
         accuracy,
         class_baselines,
         test_samples=None,
         calibration_samples=200,
+        units=64,
+        batch=16,
+        epochs=100,
+        rate=2e-3,
     ),
     "timeseries": Task(
         read_timeseries,
-        train_timeseries,
+        build_timeseries,
+        export_onnx("timeseries"),
         predict_onnx("timeseries"),
         mean_absolute_error,
         forecast_baselines,
         test_samples=None,
         calibration_samples=500,
+        units=128,
+        batch=64,
+        epochs=8,
+        rate=2e-3,
+        # Keras 2, whose GRU tf2onnx turns into one GRU node; that of Keras 3 becomes a Loop.
+        framework=tf_keras,
     ),
     "medicine": Task(
         read_medicine,
-        train_medicine,
+        build_medicine,
+        export_saved_model("medicine"),
         predict_saved_model("medicine"),
         accuracy,
         class_baselines,
         test_samples=None,
         calibration_samples=500,
+        units=96,
+        batch=64,
+        epochs=4,
+        rate=2e-3,
+        vary=rotated_copies,
     ),
 }
+
+
+def train(task: Task, data: DataSets, folder: Path) -> None:
+    """Trains a network, writes it, and checks what was written."""
+    # The same start for every task, whichever were trained before it in this process.
+    keras.backend.clear_session()
+    tf_keras.backend.clear_session()
+    keras.utils.set_random_seed(SEED)
+    network = task.build(task.framework, data, task.units)
+    fit(
+        task.framework,
+        network.model,
+        task.vary(data.train),
+        network.loss,
+        batch=task.batch,
+        epochs=task.epochs,
+        rate=task.rate,
+    )
+    task.export(network, folder, data.metadata)
+    check_conversion(network.model, task.predict, folder, data.test)
 
 
 def make(name: str, output: Path, full_train: Path | None, data_only: bool) -> None:
@@ -621,13 +728,17 @@ def make(name: str, output: Path, full_train: Path | None, data_only: bool) -> N
         save_arrays(full_train / f"{name}.train.npz", data.train)
     if data_only:
         return
-    # The same start for every task, whichever were trained before it in this process.
-    keras.backend.clear_session()
-    tf_keras.backend.clear_session()
-    keras.utils.set_random_seed(SEED)
-    task.train(data, output)
+    train(task, data, output)
     score = task.score(task.predict(output, data.test), data.test)
     print(json.dumps({"task": name, **score, "baselines": task.baselines(data)}), flush=True)
+
+
+def be_deterministic() -> None:
+    """The same machine gives the same weights: sums are taken in the same order every time."""
+    tf.config.set_visible_devices([], "GPU")
+    tf.config.threading.set_intra_op_parallelism_threads(THREADS)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+    tf.config.experimental.enable_op_determinism()
 
 
 def main() -> None:
@@ -643,12 +754,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
-    # The same machine gives the same weights: sums are taken in the same order every time.
-    tf.config.set_visible_devices([], "GPU")
-    tf.config.threading.set_intra_op_parallelism_threads(THREADS)
-    tf.config.threading.set_inter_op_parallelism_threads(1)
-    tf.config.experimental.enable_op_determinism()
-
+    be_deterministic()
     for folder in (arguments.output, arguments.full_train):
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)

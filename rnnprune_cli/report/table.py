@@ -12,6 +12,7 @@ from rich.text import Text
 from rnnprune_cli.errors import printable
 from rnnprune_cli.methods import Method
 from rnnprune_cli.model import (
+    FineTuned,
     Lift,
     LoadedModel,
     OtherLayer,
@@ -37,6 +38,7 @@ def report_table(report: Report) -> RenderableType:
         _figures(report),
         _layers(report),
         *([_repairs(report.repairs)] if report.repairs else []),
+        *([_epochs(report.finetune)] if report.finetune else []),
         _fidelity(report),
     ]
     if report.skipped:
@@ -166,6 +168,47 @@ def _repairs(repairs: Sequence[Repair]) -> Table:
             row.problem or "",
         )
     return table
+
+
+MAX_EPOCHS = 12
+"""Epochs that are shown; of more, some at equal distances, the best and the last."""
+
+
+def _epochs(log: FineTuned) -> RenderableType:
+    """Returns what training came to, epoch by epoch, and how it went."""
+    names = [metric.name for metric in log.start]
+    right = tuple(range(1, 5 + len(names)))
+    columns = ("trained", "loss", "validation", *names, "worse by", "sparsity")
+    table = plain_table(*columns, right=right)
+    table.add_row(
+        "before" if log.best else "before, kept",
+        "",
+        "",
+        *(f"{metric.value:.4f}" for metric in log.start),
+        f"{log.drop:+.4f}",
+        "",
+    )
+    count = len(log.epochs)
+    rows = min(count, MAX_EPOCHS)
+    shown = {1 + k * (count - 1) // max(rows - 1, 1) for k in range(rows)} | {log.best}
+    for number, epoch in enumerate(log.epochs, 1):
+        if number in shown:
+            table.add_row(
+                f"epoch {number}" + (", kept" if number == log.best else ""),
+                f"{epoch.loss:.4g}",
+                f"{epoch.validation_loss:.4g}",
+                *(f"{metric.value:.4f}" for metric in epoch.metrics),
+                f"{epoch.drop:+.4f}",
+                f"{epoch.sparsity:.3g}",
+            )
+    train, held = log.samples
+    ended = f"; ended early: {log.stopped}" if log.stopped else ""
+    said = (
+        f"{_count(log.steps)} updates in {log.seconds:.0f} s on {_count(train)} samples, validated"
+        f" on {_count(held)}; minimized {log.loss}; gradients cut {_count(log.clipped)} times,"
+        f" went back {log.rollbacks} times{ended}"
+    )
+    return stacked([table, Text(printable(said))])
 
 
 _WAS = {

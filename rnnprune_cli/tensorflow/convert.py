@@ -19,7 +19,7 @@ from rnnprune_cli.tensorflow.runtime import (
     quiet,
 )
 
-_HINT = "prune the model as it is: name an output of the input's format instead of .onnx"
+_HINT = "prune single weights where they are: an output of the input's format, --granularity weight"
 
 
 class _Errors(logging.Handler):

@@ -306,6 +306,7 @@ class _Search:
         for operand in operands:
             depends |= operand.depends
         matrices = [operand.matrix for operand in operands if operand.matrix is not None]
+        place = _ORIGINS.get(op, len(operands))
         return Value(
             matrix=matrices[0] if static and matrices else None,
             via=op if static and matrices else "",
@@ -316,7 +317,8 @@ class _Search:
             else frozenset(),
             reverse=reverse != (op in ("ReverseV2", "ReverseSequence")),
             carried=op in _GATED and any(operand.carried for operand in operands),
-            origin=operands[_ORIGINS[op]].origin if op in _ORIGINS else "",
+            # Branches of a conditional merge like a Select, but without its condition.
+            origin=operands[place].origin if place < len(operands) else "",
         )
 
     def _record_sum(self, operands: list[Value]) -> None:

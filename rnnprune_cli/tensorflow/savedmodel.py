@@ -108,9 +108,7 @@ class SavedModelStore(Store):
             shutil.copytree(self.path, target, ignore=self._ignore_checkpoint)
             if self._reader is not None:
                 self._write_checkpoint(tf, changes, target / "variables" / "variables")
-            path = target / _NOTE
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps({"note": note}, indent=2, sort_keys=True) + "\n", "utf-8")
+            write_note(target, note)
         except (OSError, tf.errors.OpError) as error:
             raise RnnpruneError(
                 f"{target}: cannot write the SavedModel: {first_line(error)}",
@@ -220,6 +218,13 @@ class SavedModelStore(Store):
                     seen.add(pair)
                     pending.append(pair)
         return keys
+
+
+def write_note(path: Path, note: str) -> None:
+    """Writes where a SavedModel comes from, beside its graph."""
+    file = path / _NOTE
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps({"note": note}, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def _read_meta_graph(path: Path) -> Any:  # noqa: ANN401  MetaGraphDef

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from rnnprune_cli.model import Array
+from rnnprune_cli.errors import UsageError
+from rnnprune_cli.model import Array, ExportOptions
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +76,20 @@ class Store(ABC):
     @abstractmethod
     def reopen(self, path: Path) -> Store:
         """Opens a model that :meth:`write` made."""
+
+
+def check_dense(options: ExportOptions) -> None:
+    """Raises UsageError if weights are to be stored as only ONNX can hold them."""
+    if options.export not in ("auto", "dense", "shrunk"):
+        raise UsageError(
+            f"a TensorFlow model cannot hold {options.export} weights",
+            "write ONNX instead, with -o NAME.onnx, or use --export dense",
+        )
+    if options.values != "float32":
+        raise UsageError(
+            f"a TensorFlow model cannot hold {options.values} values for its variables",
+            "write ONNX instead, with -o NAME.onnx",
+        )
 
 
 def same_bits(a: Any, b: Any) -> bool:  # noqa: ANN401  ndarray, or bytes for a string scalar

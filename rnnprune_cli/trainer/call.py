@@ -33,6 +33,7 @@ class Call:
         outputs: Number of outputs that the node names.
         real: Maps a floating-point type of the file to that in which it is computed.
         run: Evaluates a branch or body on inputs.
+        trained: Whether the result is to be differentiated.
     """
 
     op: str
@@ -41,6 +42,7 @@ class Call:
     outputs: int
     real: Callable[[np.dtype[Any]], np.dtype[Any]]
     run: Callable[[ir.Graph, Sequence[Value]], list[Value]]
+    trained: bool = True
 
     def get(self, name: str, default: Any = None) -> Any:  # noqa: ANN401
         """Returns an attribute, or the default."""

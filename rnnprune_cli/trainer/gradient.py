@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,37 +25,16 @@ from rnnprune_cli.data import Dataset
 from rnnprune_cli.errors import RnnpruneError
 from rnnprune_cli.find import ROLES, locate
 from rnnprune_cli.graph import Walker
-from rnnprune_cli.metrics import BATCH, Evaluation, _are_probabilities
 from rnnprune_cli.model import Array, Gradients, Runner, Weight
 from rnnprune_cli.onnx_model import OnnxModel
 from rnnprune_cli.tensorflow.runtime import first_line
 from rnnprune_cli.trainer import losses
 from rnnprune_cli.trainer.call import Value, tf
 from rnnprune_cli.trainer.graph import GraphModule, Site
+from rnnprune_cli.trainer.targets import Target, labelled, unlabelled
 
 MAX_SAMPLES = 16
 """Samples of a batch: what a loss differentiates is kept for all steps of all of them."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Target:
-    """One output that the loss looks at.
-
-    Attributes:
-        output: Its name.
-        values: What it should be, for each sample; None to draw it from the model's predictions.
-        classes: Whether it predicts classes.
-        probabilities: Whether as probabilities, rather than logits.
-        by_step: Whether its second axis, and that of the values, is the steps.
-        shape: Its axes; of classes, with their number, which the graph does not always tell.
-    """
-
-    output: str
-    values: Array | None
-    classes: bool
-    probabilities: bool
-    by_step: bool
-    shape: tuple[int | None, ...]
 
 
 def saliencies(
@@ -101,8 +79,8 @@ def saliencies(
     module = GraphModule(graph, overrides)
     runner = model.open(threads)
     progress(f"running {data.count} samples to see what the model predicts")
-    targets = _targets(data, runner)
-    step = _Step(module, variables, targets, runner)
+    targets = labelled(data, runner) if data.targets else unlabelled(data, runner)
+    step = _Step(module, variables, targets, data, runner)
     mean = {name: np.zeros(w.shape) for name, w in weights.items()}
     square = {name: np.zeros(w.shape) for name, w in weights.items()}
     total = 0.0
@@ -142,53 +120,6 @@ def _variables(
     return overrides, variables
 
 
-def _targets(data: Dataset, runner: Runner) -> list[_Target]:
-    """Runs the model to see what its outputs are, and whether labels fit them."""
-    names = [o.name for o in runner.outputs]
-    chosen = [name or names[0] for name in data.targets] or names
-    evaluations = [Evaluation(data, runner.outputs, "auto", target=name) for name in data.targets]
-    steps = dict.fromkeys(chosen, data.lengths is not None)
-    likely = dict.fromkeys(chosen, True)
-    real = dict.fromkeys(chosen, False)
-    tokens = any(a.dtype.kind in "iu" and a.ndim == 2 for a in data.inputs.values())
-    shapes: dict[str, tuple[int, ...]] = {}
-    for start, stop in data.batches(BATCH):
-        results = runner.run(data.feed(start, stop))
-        for evaluation in evaluations:
-            evaluation.add(results, start, stop)
-        valid = data.valid(start, stop)
-        for name in chosen:
-            output = results[names.index(name)]
-            steps[name] &= valid is not None and output.shape[:2] == valid.shape
-            real[name] = output.dtype.kind == "f"
-            shapes[name] = output.shape
-            if real[name] and output.ndim > 1:
-                kept = output[valid] if steps[name] and valid is not None else output
-                likely[name] &= _are_probabilities(kept.reshape(-1, output.shape[-1]))
-            else:
-                likely[name] = False
-    if not data.targets:
-        targets = []
-        for name in (name for name in chosen if real[name]):
-            classes = likely[name] or (tokens and len(shapes[name]) == 3)
-            shape = _shape(shapes[name], classes)
-            targets.append(_Target(name, None, classes, likely[name], steps[name], shape))
-        return targets
-    targets = []
-    for name, values, evaluation in zip(chosen, data.targets.values(), evaluations, strict=True):
-        evaluation.value()  # refuses data without a label
-        classes = values.dtype.kind in "iub"
-        by_step = steps[name] and values.ndim > 1
-        shape = _shape(shapes[name], classes and len(shapes[name]) > values.ndim)
-        targets.append(_Target(name, values, classes, evaluation.probabilities, by_step, shape))
-    return targets
-
-
-def _shape(shape: tuple[int, ...], classes: bool) -> tuple[int | None, ...]:
-    """Returns as many axes, the last one with its size if it holds classes."""
-    return tuple(n if classes and k == len(shape) - 1 else None for k, n in enumerate(shape))
-
-
 class _Step:
     """The gradient of the loss of one batch, as a TensorFlow function."""
 
@@ -196,7 +127,8 @@ class _Step:
         self,
         module: GraphModule,
         variables: Mapping[str, Any],
-        targets: Sequence[_Target],
+        targets: Sequence[Target],
+        data: Dataset,
         runner: Runner,
     ) -> None:
         self._module, self._variables, self._targets = module, variables, targets
@@ -210,9 +142,9 @@ class _Step:
             for spec in runner.inputs
         }
         values = {
-            t.output: tf.TensorSpec([None] * t.values.ndim, t.values.dtype)
+            t.output: tf.TensorSpec([None] * data.targets[t.key].ndim, data.targets[t.key].dtype)
             for t in targets
-            if t.values is not None
+            if t.key is not None
         }
         steps, seed = tf.TensorSpec([None, None], tf.bool), tf.TensorSpec([2], tf.int32)
         self._call = tf.function(self._graph, autograph=False)
@@ -275,7 +207,7 @@ class _Step:
 
     def _loss(
         self,
-        target: _Target,
+        target: Target,
         outputs: Mapping[str, Any],
         values: Mapping[str, Any],
         valid: Value,
@@ -300,7 +232,7 @@ class _Step:
 def _batches(
     data: Dataset,
     runner: Runner,
-    targets: Sequence[_Target],
+    targets: Sequence[Target],
     states: Mapping[str, str],
     step: _Step,
     seed: int,
@@ -322,7 +254,7 @@ def _batches(
     for number, (chosen, length) in enumerate(_groups(data, lengths, most, bool(handed))):
         feed = data.take(chosen, length if cut else None)
         feed.update({given: last[taken] for given, taken in handed.items() if last})
-        values = {t.output: t.values[chosen] for t in targets if t.values is not None}
+        values = {t.output: data.targets[t.key][chosen] for t in targets if t.key is not None}
         valid = np.ones((len(chosen), 1), np.bool_)
         if lengths is not None:
             valid = np.arange(_longest(data))[None] < lengths[chosen, None]

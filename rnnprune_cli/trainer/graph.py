@@ -8,8 +8,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -40,6 +41,11 @@ Site = tuple[str, int]
 Overrides = Mapping[Site, Any]
 
 
+def scoped(name: str) -> str:
+    """Returns a name as TensorFlow allows it for variables."""
+    return re.sub(r"[^A-Za-z0-9_.\\/>-]", "_", name).lstrip("_\\/>-") or "weight"
+
+
 class GraphModule(tf.Module):  # type: ignore[misc]  # TensorFlow has no types
     """A model without functions, such as :func:`rnnprune_cli.shrink.task.prepared` returns.
 
@@ -52,20 +58,29 @@ class GraphModule(tf.Module):  # type: ignore[misc]  # TensorFlow has no types
         overrides: (name of a recurrent operator, input index) → variable that it reads there
             instead: W at 1 and R at 2, in ONNX layout.
         dtype: A type for all real numbers; None for those of the file.
+        trainable: Tells which constants are trained; by default all but measured statistics.
 
     Attributes:
         weights: Name of an initializer or output of a Constant → its variable.
+        values: The same name → that constant.
         inputs: Names of what a call needs.
 
     Raises:
         RnnpruneError: If the model has an operator that is not supported.
     """
 
+    cannot, instead = "cannot be differentiated here", "methods that need no gradients work"
+    """What is said of an operator that is not supported, and what to do about it."""
+    operators: ClassVar[Mapping[str, Operator]] = OPERATORS
+    trained = True
+    """Whether calls are to be differentiated."""
+
     def __init__(
         self,
         model: ir.Model,
         overrides: Overrides | None = None,
         dtype: np.dtype[Any] | None = None,
+        trainable: Callable[[ir.Value], bool] | None = None,
     ) -> None:
         super().__init__()
         self._graph = model.graph
@@ -74,13 +89,16 @@ class GraphModule(tf.Module):  # type: ignore[misc]  # TensorFlow has no types
         self._dtype = dtype
         self._check()
         self.weights: dict[str, Any] = {}
+        self.values: dict[str, ir.Value] = {}
         self._variables: dict[int, Any] = {}
-        for value, trainable in self._constants():
+        for value, learns in self._constants():
             name = value.name or "constant"
             while name in self.weights:  # branches may use the same names
                 name += "'"
-            variable = tf.Variable(self._array(value), trainable=trainable, name="weight")
+            learns = learns if trainable is None else trainable(value)
+            variable = tf.Variable(self._array(value), trainable=learns, name=scoped(name))
             self.weights[name] = self._variables[id(value)] = variable
+            self.values[name] = value
         stored = model.graph.initializers
         self.inputs = [v.name or "" for v in model.graph.inputs if v.name not in stored]
 
@@ -115,11 +133,8 @@ class GraphModule(tf.Module):  # type: ignore[misc]  # TensorFlow has no types
         for node in self._graph.all_nodes():
             default = node.domain in ("", "ai.onnx")
             name = node.op_type if default else f"{node.domain}.{node.op_type}"
-            if name not in OPERATORS:
-                raise RnnpruneError(
-                    f"operator {name} ('{node.name}') cannot be differentiated here",
-                    "methods that need no gradients work",
-                )
+            if name not in self.operators:
+                raise RnnpruneError(f"operator {name} ('{node.name}') {self.cannot}", self.instead)
 
     def _constants(self) -> Iterator[tuple[ir.Value, bool]]:
         """Yields the constants that become variables, and whether they are trained."""
@@ -184,8 +199,9 @@ class GraphModule(tf.Module):  # type: ignore[misc]  # TensorFlow has no types
 
         attributes = {name: attr.value for name, attr in node.attributes.items()}
         used = [k for k, v in enumerate(node.outputs) if k == 0 or v.uses() or v.is_graph_output()]
-        call = Call(node.op_type, self._opset, attributes, used[-1] + 1, self._real, run)
-        operator = OPERATORS[node.op_type]
+        outputs = used[-1] + 1
+        call = Call(node.op_type, self._opset, attributes, outputs, self._real, run, self.trained)
+        operator = self.operators[node.op_type]
         folds = node.op_type not in control.OPERATORS and all(
             value is None or is_known(value) for value in inputs
         )
@@ -199,8 +215,7 @@ class GraphModule(tf.Module):  # type: ignore[misc]  # TensorFlow has no types
                 return [np.asarray(value) for value in made]
         except Unsupported as reason:
             raise RnnpruneError(
-                f"{node.op_type} '{node.name}' with {reason} cannot be differentiated here",
-                "methods that need no gradients work",
+                f"{node.op_type} '{node.name}' with {reason} {self.cannot}", self.instead
             ) from None
         except (ValueError, TypeError, tf.errors.OpError) as error:
             raise RnnpruneError(

@@ -222,6 +222,8 @@ def _expand(call: Call, x: Value, shape: Value) -> Value:
     if is_known(shape) and own.is_fully_defined():
         return tf.broadcast_to(x, np.broadcast_shapes(tuple(own), tuple(shape.tolist())))
     given = tf.cast(shape, tf.int32)
+    if own.num_elements() == 1 and given.shape.rank and (given.shape[0] or 0) >= own.rank:
+        return tf.broadcast_to(x, given)  # converters know no BroadcastArgs
     return tf.broadcast_to(x, tf.broadcast_dynamic_shape(tf.shape(x), given))
 
 

@@ -15,7 +15,11 @@ _SMALLEST = 1e-12
 
 
 def cross_entropy(
-    prediction: Value, labels: Value, probabilities: bool, valid: Value = None
+    prediction: Value,
+    labels: Value,
+    probabilities: bool,
+    valid: Value = None,
+    weights: Value = None,
 ) -> tuple[Any, Any]:
     """Negative log-likelihood of classes.
 
@@ -24,6 +28,7 @@ def cross_entropy(
         labels: Integers ``[samples, …]``; below 0 for none.
         probabilities: Whether predictions are probabilities, rather than logits.
         valid: bool ``[samples, steps]``: which steps count; None for all.
+        weights: ``[classes]``: what a label of each class counts; None for the same.
 
     Returns:
         Mean over the labels, and their number.
@@ -36,7 +41,52 @@ def cross_entropy(
         counts &= tf.reshape(valid, [*tf.unstack(tf.shape(valid)), *[1] * (labels.shape.rank - 2)])
     labels = tf.maximum(tf.cast(labels, tf.int32), 0)
     picked = tf.gather(logs, labels, axis=-1, batch_dims=labels.shape.rank)
+    if weights is not None:
+        picked *= tf.gather(tf.cast(weights, picked.dtype), labels)
     return _mean(-picked, counts)
+
+
+def distilled(
+    prediction: Value,
+    teacher: Value,
+    classes: bool,
+    probabilities: bool,
+    temperature: float,
+    variance: float,
+    samples: Value,
+    valid: Value = None,
+) -> tuple[Any, Any]:
+    """How far a model is from another, of the same task.
+
+    Of classes, the Kullback-Leibler divergence of softened predictions, times the square of the
+    temperature, so that gradients keep their size (Hinton et al. 2015, arXiv:1503.02531, section
+    2). Of other values, the squared error in units of their variance.
+
+    Args:
+        prediction: Any shape, with ``valid`` ``[samples, steps, …]``; classes on the last axis.
+        teacher: Of the same shape.
+        classes: Whether they predict classes.
+        probabilities: Whether as probabilities, rather than logits.
+        temperature: Above 1 small probabilities count more.
+        variance: Of the teacher's values.
+        samples: How many they are of.
+        valid: bool ``[samples, steps]``: which steps count; None for all.
+
+    Returns:
+        Mean over all entries, and the number of samples or steps.
+    """
+    teacher = tf.cast(teacher, prediction.dtype)
+    if classes:
+        logs, wanted = (
+            tf.nn.log_softmax(_log_probabilities(p, probabilities) / temperature)
+            for p in (prediction, teacher)
+        )
+        errors = temperature**2 * tf.reduce_sum(tf.exp(wanted) * (wanted - logs), -1)
+    else:
+        errors = tf.square(prediction - teacher) / variance
+    if valid is None:
+        return tf.reduce_mean(errors), samples
+    return _mean(tf.reduce_mean(errors, list(range(2, errors.shape.rank))), valid)
 
 
 def squared_error(

@@ -110,7 +110,7 @@ def _rnn(
 _CELLS = {"LSTM": _lstm, "GRU": _gru, "RNN": _rnn}
 
 
-def _recurrent(
+def recurrent(
     call: Call,
     x: Value,
     w: Value,
@@ -138,28 +138,54 @@ def _recurrent(
         Y ``[steps, directions, batch, hidden]`` (``[batch, steps, directions, hidden]``), Y_h and,
         of an LSTM, Y_c like ``h``.
     """
-    batch_first = bool(call.get("layout", 0))
-    x = tf.convert_to_tensor(x)
     w, r = (tf.convert_to_tensor(v) for v in (w, r))
+    rows = GATES[_op(call)] * int(r.shape[2])
+    functions = activations(call)
+
+    def run(k: int, x: Value, initial: Values) -> Values:
+        bias = None if b is None else b[k]
+        second = None if bias is None else bias[rows:]
+        cell = _CELLS[_op(call)](call, r[k], second, None if p is None else p[k], functions[k])
+        return _steps(cell, _projection(call, x, w[k], bias, rows), initial, lengths, call.trained)
+
+    return by_direction(call, x, lengths, (h, c), int(r.shape[2]), run)
+
+
+def by_direction(
+    call: Call,
+    x: Value,
+    lengths: Value,
+    states: Values,
+    hidden: int,
+    run: Callable[[int, Value, Values], Values],
+) -> Values:
+    """Runs each direction of an operator over its steps.
+
+    Args:
+        call: The node.
+        x: As in :func:`recurrent`.
+        lengths: As in :func:`recurrent`.
+        states: h and c, as in :func:`recurrent`.
+        hidden: Units of a direction.
+        run: (direction, x ``[steps, batch, inputs]`` in the order in which it is read, initial
+            states) → y ``[steps, batch, hidden]`` in that order, and the last states.
+
+    Returns:
+        What :func:`recurrent` does.
+    """
+    batch_first = bool(call.get("layout", 0))
+    x, (h, c) = tf.convert_to_tensor(x), states
     if batch_first:
         x = tf.transpose(x, [1, 0, 2])
         h, c = (None if s is None else tf.transpose(s, [1, 0, 2]) for s in (h, c))
-    op, direction = _op(call), call.get("direction", "forward")
-    directions = 2 if direction == "bidirectional" else 1
-    rows = GATES[op] * int(r.shape[2])
-    functions = _activations(call, directions)
+    given = (h, c) if call.op == "LSTM" else (h,)
     results = []
-    for k in range(directions):
-        backward = direction == "reverse" or k == 1
-        bias = None if b is None else b[k]
-        second = None if bias is None else bias[rows:]
-        cell = _CELLS[op](call, r[k], second, None if p is None else p[k], functions[k])
-        gates = _projection(call, _turned(x, lengths) if backward else x, w[k], bias, rows)
-        zeros = tf.zeros([sizes(x)[1], r.shape[2]], x.dtype)
-        given = (h, c) if op == "LSTM" else (h,)
+    for k in range(_directions(call)):
+        backward = call.get("direction", "forward") == "reverse" or k == 1
+        zeros = tf.zeros([sizes(x)[1], hidden], x.dtype)
         initial = tuple(zeros if s is None else tf.convert_to_tensor(s)[k] for s in given)
-        y, *last = _steps(cell, gates, initial, lengths)
-        results.append((_turned(y, lengths) if backward else y, *last))
+        y, *last = run(k, flipped(x, lengths) if backward else x, initial)
+        results.append((flipped(y, lengths) if backward else y, *last))
     ys, *lasts = zip(*results, strict=True)
     if batch_first:
         y = tf.stack([tf.transpose(v, [1, 0, 2]) for v in ys], 2)
@@ -171,9 +197,13 @@ def _op(call: Call) -> Op:
     return next(op for op in GATES if op == call.op)
 
 
-def _activations(call: Call, directions: int) -> list[list[Function]]:
+def _directions(call: Call) -> int:
+    return 2 if call.get("direction", "forward") == "bidirectional" else 1
+
+
+def activations(call: Call) -> list[list[Function]]:
     """Returns the activations of each direction; clipping is part of them."""
-    op = _op(call)
+    op, directions = _op(call), _directions(call)
     names = call.get("activations", _DEFAULTS[op] * directions)
     alphas: Iterator[float] = iter(call.get("activation_alpha", ()))
     betas: Iterator[float] = iter(call.get("activation_beta", ()))
@@ -209,14 +239,14 @@ def _projection(call: Call, x: Value, w: Value, b: Value, rows: int) -> Value:
     return tf.reshape(gates, [steps, batch, rows])
 
 
-def _turned(x: Value, lengths: Value) -> Value:
+def flipped(x: Value, lengths: Value) -> Value:
     """Reverses the steps of ``[steps, batch, …]``; only the valid ones if there are lengths."""
     if lengths is None:
         return tf.reverse(x, [0])
     return tf.reverse_sequence(x, lengths, 0, 1)
 
 
-def _steps(cell: _Cell, gates: Value, initial: Values, lengths: Value) -> Values:
+def _steps(cell: _Cell, gates: Value, initial: Values, lengths: Value, trained: bool) -> Values:
     """Runs a cell over all steps.
 
     Beyond its length a sequence keeps its states and gives zeros.
@@ -239,6 +269,9 @@ def _steps(cell: _Cell, gates: Value, initial: Values, lengths: Value) -> Values
         valid = (t < ends)[:, None]
         y = tf.where(valid, new[0], tf.zeros_like(new[0]))
         return y, *(tf.where(valid, n, s) for n, s in zip(new, states, strict=True))
+
+    if not trained:
+        return _forward(step, gates, initial, cell.vectors, cell.matrices)[0]
 
     @tf.custom_gradient  # type: ignore[untyped-decorator]
     def run(gates: Value, *rest: Value) -> tuple[Values, Function]:
@@ -270,7 +303,7 @@ def _forward(
 ) -> tuple[Values, _Saved]:
     """Goes through the steps; returns y of all of them and the last states, and what to save."""
     steps, count = tf.shape(gates)[0], len(first)
-    inputs = _array(gates)
+    inputs = array_of(gates)
     kept = 1 + count + 2 * len(matrices) - 1  # y, states, factors (the first is h), products
     arrays = [tf.TensorArray(gates.dtype, steps) for _ in range(kept)]
 
@@ -320,7 +353,7 @@ def _backward(
     """
     steps, count = tf.shape(gates)[0], len(saved.states)
     dy, *dlast = given
-    inputs = [_array(v) for v in (gates, dy, *saved.states, *saved.products)]
+    inputs = [array_of(v) for v in (gates, dy, *saved.states, *saved.products)]
     arrays = [tf.TensorArray(gates.dtype, steps) for _ in range(1 + len(matrices))]
     turned = [tf.transpose(matrix) for matrix in matrices]  # once, not in each step
 
@@ -367,7 +400,7 @@ def _known(vector: Value, result: Value, turned: Value) -> Value:
     return product(vector, result)
 
 
-def _array(values: Value) -> Value:
+def array_of(values: Value) -> Value:
     """Returns a ``tf.TensorArray`` of the steps of a tensor."""
     array = tf.TensorArray(values.dtype, tf.shape(values)[0], element_shape=values.shape[1:])
     return array.unstack(values)
@@ -377,4 +410,4 @@ def _rows(values: Value, size: int) -> Value:
     return tf.reshape(values, [-1, size])
 
 
-OPERATORS: dict[str, Operator] = dict.fromkeys(GATES, _recurrent)
+OPERATORS: dict[str, Operator] = dict.fromkeys(GATES, recurrent)

@@ -1,0 +1,113 @@
+"""Batches to train on: which samples go through a model together, and in what order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rnnprune_cli.data import Dataset
+from rnnprune_cli.errors import RnnpruneError
+from rnnprune_cli.model import Array, BoolArray, Runner
+
+_BUCKET = 16
+"""Batches whose samples are sorted by length together."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Samples that go through a model at once.
+
+    Attributes:
+        samples: int64: which.
+        feed: Input → array.
+        steps: Steps that were kept of padded sequences; None if they are whole.
+        valid: bool ``[samples, padded steps]``: which steps are no padding; one column of True if
+            nothing is padded.
+    """
+
+    samples: Array
+    feed: dict[str, Array]
+    steps: int | None
+    valid: BoolArray
+
+
+class Batches:
+    """How a data set is cut into batches.
+
+    One update of the weights takes a batch of ``size`` samples. They go through the model together
+    where it can be told their lengths, or they have one length; else those of each length do, so
+    that no padding reaches anything. A model that takes one sample at a time gets one at a time.
+
+    Samples of a model whose states are zero in all of them follow one another: they run in order,
+    and states are handed from one to the next. Gradients stop there (truncated backpropagation).
+
+    Args:
+        data: The data set.
+        size: Samples of a batch.
+        runner: The model.
+        states: Input → output that hold the same state.
+    """
+
+    def __init__(self, data: Dataset, size: int, runner: Runner, states: Mapping[str, str]) -> None:
+        self.data = data
+        self.size = size
+        self.handed = {
+            given: taken
+            for given, taken in states.items()
+            if data.count > 1 and given in data.blank
+        }
+        self._one = data.single or bool(self.handed)
+        lengths = None if data.stacked else data.lengths
+        self._lengths = lengths
+        told = any(s.is_length and s.name in data.per_sample for s in runner.inputs)
+        self._together = lengths is None or told
+        self._cut = lengths is not None and self._takes(runner, int(lengths.min()))
+        self.count = -(-data.count // size)
+        """Updates in an epoch."""
+
+    def _takes(self, runner: Runner, length: int) -> bool:
+        """Tells whether a model takes sequences that are cut to their length."""
+        assert self.data.lengths is not None
+        try:
+            runner.run(self.data.take(np.flatnonzero(self.data.lengths == length)[:1], length))
+        except RnnpruneError:
+            return False
+        return True
+
+    def epoch(self, seed: Sequence[int] | None) -> list[Array]:
+        """Returns the samples of each batch.
+
+        Args:
+            seed: Of their order; None for the order of the data.
+        """
+        order = np.arange(self.data.count)
+        if self.handed or seed is None:
+            return [order[k : k + self.size] for k in range(0, len(order), self.size)]
+        generator = np.random.default_rng(list(seed))
+        generator.shuffle(order)
+        if self._lengths is not None:
+            span = _BUCKET * self.size
+            parts = [order[k : k + span] for k in range(0, len(order), span)]
+            order = np.concatenate([p[np.argsort(self._lengths[p], kind="stable")] for p in parts])
+        batches = [order[k : k + self.size] for k in range(0, len(order), self.size)]
+        return [batches[k] for k in generator.permutation(len(batches))]
+
+    def parts(self, samples: Array) -> Iterator[Batch]:
+        """Yields what goes through the model together."""
+        if self._one:
+            groups = [samples[k : k + 1] for k in range(len(samples))]
+        elif self._together or not self._cut:
+            groups = [samples]
+        else:
+            assert self._lengths is not None
+            own = self._lengths[samples]
+            groups = [samples[own == length] for length in np.unique(own)]
+        for group in groups:
+            steps, valid = None, np.ones((len(group), 1), np.bool_)
+            if self._lengths is not None:
+                lengths = self._lengths[group]
+                steps = int(lengths.max()) if self._cut else None
+                valid = np.arange(self.data.padded_steps or 1)[None] < lengths[:, None]
+            yield Batch(group, self.data.take(group, steps), steps, valid)

@@ -1,0 +1,197 @@
+"""What training minimizes: losses of labels, and distances to the original's outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rnnprune_cli.data import Dataset
+from rnnprune_cli.errors import UsageError, closest
+from rnnprune_cli.model import Array, FineTune, Runner
+from rnnprune_cli.trainer import losses
+from rnnprune_cli.trainer.batches import Batch
+from rnnprune_cli.trainer.call import Value, tf
+from rnnprune_cli.trainer.targets import Target, labelled, unlabelled
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """One summand of the loss.
+
+    Attributes:
+        target: What it looks at.
+        weight: Its factor.
+        classes: float32 ``[classes]``: what a label of each class counts; None for the same.
+    """
+
+    target: Target
+    weight: float
+    classes: Array | None = None
+
+    @property
+    def taught(self) -> bool:
+        """Whether it compares with the original rather than with labels."""
+        return self.target.key is None
+
+    def count(self, data: Dataset, batch: Batch) -> int:
+        """Returns how many items of a batch it is a mean of."""
+        counted = batch.valid if self.target.by_step else np.ones((len(batch.samples), 1), np.bool_)
+        if self.target.by_step and batch.steps is not None:
+            counted = counted[:, : batch.steps]
+        if self.target.key is None or not self.target.classes:
+            return int(counted.sum())
+        labels = data.targets[self.target.key][batch.samples] >= 0
+        if self.target.by_step:
+            labels = labels[:, : counted.shape[1]]
+            counted = counted.reshape(*counted.shape, *[1] * (labels.ndim - 2))
+            labels = labels & counted
+        return int(labels.sum())
+
+
+class Objective:
+    """The loss of a batch, as a TensorFlow expression.
+
+    Args:
+        terms: Its summands.
+        temperature: Of distillation.
+    """
+
+    def __init__(self, terms: Sequence[Term], temperature: float) -> None:
+        self.terms = tuple(terms)
+        self.temperature = temperature
+        self.taught = tuple(t.target.output for t in terms if t.taught)
+
+    def counts(self, data: Dataset, batch: Batch) -> Array:
+        """Returns the number of items of each term, float32."""
+        return np.array([term.count(data, batch) for term in self.terms], np.float32)
+
+    def labels(self, data: Dataset, batch: Batch) -> dict[str, Array]:
+        """Returns what the terms with labels compare with, by output."""
+        keys = {t.target.output: t.target.key for t in self.terms if t.target.key is not None}
+        return {output: data.targets[key][batch.samples] for output, key in keys.items()}
+
+    def __call__(
+        self,
+        outputs: Mapping[str, Value],
+        labels: Mapping[str, Value],
+        teacher: Mapping[str, Value],
+        valid: Value,
+    ) -> Value:
+        """Returns the sum of each term over its items, float32 ``[terms]``.
+
+        Args:
+            outputs: Of the model.
+            labels: Output → labels, for those that have some.
+            teacher: Output → what the original gives, for those that are compared with it.
+            valid: bool ``[samples, steps]``.
+        """
+        sums = []
+        for term in self.terms:
+            target = term.target
+            prediction = tf.ensure_shape(outputs[target.output], target.shape)
+            counts = None
+            if target.by_step:  # a batch that was cut to its length has fewer than its labels
+                steps = tf.shape(prediction)[1]
+                counts = valid[:, :steps]
+            samples = tf.shape(valid)[0]
+            if term.taught:
+                mean, number = losses.distilled(
+                    prediction,
+                    teacher[target.output],
+                    target.classes,
+                    target.probabilities,
+                    self.temperature,
+                    target.variance,
+                    samples,
+                    counts,
+                )
+            else:
+                wanted = labels[target.output]
+                wanted = wanted if counts is None else wanted[:, :steps]
+                if target.classes:
+                    mean, number = losses.cross_entropy(
+                        prediction, wanted, target.probabilities, counts, term.classes
+                    )
+                else:
+                    mean, number = losses.squared_error(prediction, wanted, samples, counts)
+                    mean /= target.variance
+            total = tf.cast(mean, tf.float32) * tf.cast(number, tf.float32)
+            sums.append(term.weight * total)
+        return tf.stack(sums)
+
+
+def objective(
+    data: Dataset, looked: Dataset, original: Runner, states: Sequence[str], options: FineTune
+) -> Objective:
+    """Decides what to minimize.
+
+    With labels their loss: cross-entropy of integers, squared error (in units of the output's
+    variance) of others. Without, or where ``distill`` says so, the distance to what the original
+    makes of the same data.
+
+    Args:
+        data: What to train on.
+        looked: Some of it, which the original is run on to see what its outputs are.
+        original: The model before anything was removed.
+        states: Outputs that hand back states, which are nobody's result.
+        options: The user's.
+
+    Raises:
+        UsageError: If there is nothing to minimize, or a weight is for no output.
+        RnnpruneError: If labels do not fit the outputs.
+    """
+    share = options.distill if options.distill is not None else 0.0 if data.targets else 1.0
+    targets: list[tuple[Target, float]] = []
+    if share < 1 and data.targets:
+        targets += [(target, 1 - share) for target in labelled(looked, original)]
+    elif share < 1:
+        raise UsageError(
+            f"--distill {share:g} mixes with the loss of labels, and the data have none",
+            "leave --distill out: without labels all of the loss is distillation",
+        )
+    if share > 0:
+        targets += [(target, share) for target in unlabelled(looked, original, states)]
+    weights = _output_weights(options.output_weights, [t.output for t, _ in targets])
+    terms = [
+        Term(target, part * weights.get(target.output, 1.0), _balanced(data, target, options))
+        for target, part in targets
+    ]
+    terms = [term for term in terms if term.weight > 0]
+    if not terms:
+        raise UsageError(
+            "there is nothing to train for: no output is a real number or has labels",
+            "add labels to the data",
+        )
+    return Objective(terms, options.temperature)
+
+
+def _output_weights(texts: Sequence[str], outputs: Sequence[str]) -> dict[str, float]:
+    found = {}
+    for text in texts:
+        name, _, number = text.rpartition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = -1.0
+        if not name or not np.isfinite(weight) or weight < 0:
+            raise UsageError(
+                f"--loss-weight '{text}' is no OUTPUT=WEIGHT", "such as --loss-weight forecast=0.5"
+            )
+        if name not in outputs:
+            raise UsageError(f"the loss looks at no output '{name}'", closest(name, outputs))
+        found[name] = weight
+    return found
+
+
+def _balanced(data: Dataset, target: Target, options: FineTune) -> Array | None:
+    """Returns weights of classes that let each count the same in all; their mean label counts 1."""
+    if not options.balance or target.key is None or not target.classes:
+        return None
+    labels = np.asarray(data.targets[target.key])
+    classes = target.shape[-1] or 2
+    counts = np.bincount(labels[labels >= 0].astype(np.int64).ravel(), minlength=classes)
+    present = np.maximum(counts, 1)
+    weights: Array = counts.sum() / (np.count_nonzero(counts) * present)
+    return weights.astype(np.float32)
