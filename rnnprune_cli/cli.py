@@ -223,8 +223,8 @@ def prune(
     distill: Annotated[
         float | None,
         typer.Option(
-            help="Share of the loss that holds outputs against the original's [default: 0 with"
-            " labels, else 1].",
+            help="Share of the loss that holds outputs against the original's [default: 0.5"
+            " with labels, else 1].",
             show_default=False,
         ),
     ] = None,

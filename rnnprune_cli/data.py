@@ -209,6 +209,21 @@ def _by_class(labels: Array, held: BoolArray, share: float) -> BoolArray:
     return held
 
 
+def with_lengths(data: Dataset) -> Dataset:
+    """Returns a data set whose sequences have lengths: all of their steps, if it had none.
+
+    Raises:
+        UsageError: If its samples are no sequences.
+    """
+    if data.lengths is not None:
+        return data
+    arrays = [data.inputs[name] for name in sorted(data.per_sample - data.stacked)]
+    steps = max((a.shape[1] for a in arrays if a.ndim > 1), default=0)
+    if not steps:
+        raise UsageError("the data hold no sequences that could be cut", "leave out --bptt")
+    return dataclasses.replace(data, lengths=np.full(data.count, steps, np.int64))
+
+
 def thinned(data: Dataset, at_most: int) -> Dataset:
     """Returns at most so many samples of a data set, at equal distances.
 

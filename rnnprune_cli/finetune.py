@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rnnprune_cli.apply import Applied, Applier, Inputs
-from rnnprune_cli.data import thinned
+from rnnprune_cli.data import thinned, with_lengths
 from rnnprune_cli.errors import UsageError
 from rnnprune_cli.metrics import drop
 from rnnprune_cli.model import BoolArray, FineTune, FineTuned, Pruned, Stage
@@ -140,6 +140,13 @@ def _trained(
     train, held = inputs.training
     assert isinstance(applied.model, OnnxModel)
     states = handed_states(applied.model, train)
+    if options.finetune.bptt is not None:
+        if states:
+            raise UsageError(
+                "states are handed from one sample to the next, and gradients stop there already",
+                "leave out --bptt",
+            )
+        train, held = with_lengths(train), with_lengths(held)
     own = dataclasses.replace(options.finetune, epochs=epochs)
     task = Task(
         model=applied.model,

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from conftest import GRAPHS, SAMPLES, Graph, run, weights
+from conftest import GRAPHS, SAMPLES, Graph, weights
 from onnx import helper, numpy_helper
 
 from rnnprune_cli.data import made_up_feeds
@@ -253,9 +253,9 @@ def test_plain_tensorflow_computes_what_the_onnx_model_computes(
     name: str, made: dict[str, Made]
 ) -> None:
     one = made[name]
-    names = [o.name for o in onnx.load(str(one.twin)).graph.output]
+    runner = OnnxModel(one.twin).open()
     for feed, found in zip(one.feeds, one.results, strict=True):
-        expected = dict(zip(names, run(one.twin, feed), strict=True))
+        expected = dict(zip([o.name for o in runner.outputs], runner.run(feed), strict=True))
         assert found.keys() == expected.keys()
         for output, wanted in expected.items():
             got = found[output]
@@ -298,7 +298,7 @@ def test_weights_are_variables_that_are_stored_once(name: str, made: dict[str, M
     assert count.parameters >= held == one.report.after.recurrent_parameters
 
 
-@pytest.mark.parametrize("name", ["lstm", "gru", "stacked", "int32"])
+@pytest.mark.parametrize("name", ["lstm", "gru", "gru_before", "stacked"])
 def test_what_was_written_is_cut_again(name: str, made: dict[str, Made], tmp_path: Path) -> None:
     one = made[name]
     report = pruned(one.path, tmp_path / "again")
@@ -321,7 +321,9 @@ def test_signatures_that_are_left_out_are_named(made: dict[str, Made]) -> None:
 
 
 def test_half_precision_signature_stays(made: dict[str, Made]) -> None:
-    assert {a.dtype for result in made["half"].results for a in result.values()} == {np.float16}
+    assert {a.dtype for result in made["half"].results for a in result.values()} == {
+        np.dtype("half")
+    }
 
 
 def test_medicine_keeps_its_accuracy(tmp_path: Path) -> None:

@@ -25,12 +25,27 @@ class Batch:
         steps: Steps that were kept of padded sequences; None if they are whole.
         valid: bool ``[samples, padded steps]``: which steps are no padding; one column of True if
             nothing is padded.
+        start: Step at which a part of longer sequences begins.
+        last: Whether it is the last part of its sequences.
     """
 
     samples: Array
     feed: dict[str, Array]
     steps: int | None
     valid: BoolArray
+    start: int = 0
+    last: bool = True
+
+    def labels(self, array: Array, by_step: bool) -> Array:
+        """Returns the part of a data set's array that belongs to this one.
+
+        Args:
+            array: First axis the samples.
+            by_step: Whether its second axis is the steps.
+        """
+        own: Array = array[self.samples]
+        whole = self.start == 0 and self.last
+        return own if whole or not by_step else own[:, self.start : self.start + (self.steps or 0)]
 
 
 class Batches:
@@ -61,8 +76,8 @@ class Batches:
         self._one = data.single or bool(self.handed)
         lengths = None if data.stacked else data.lengths
         self._lengths = lengths
-        told = any(s.is_length and s.name in data.per_sample for s in runner.inputs)
-        self._together = lengths is None or told
+        self._told = {s.name for s in runner.inputs if s.is_length and s.name in data.per_sample}
+        self._together = lengths is None or bool(self._told)
         self._cut = lengths is not None and self._takes(runner, int(lengths.min()))
         self.count = -(-data.count // size)
         """Updates in an epoch."""
@@ -111,3 +126,20 @@ class Batches:
                 steps = int(lengths.max()) if self._cut else None
                 valid = np.arange(self.data.padded_steps or 1)[None] < lengths[:, None]
             yield Batch(group, self.data.take(group, steps), steps, valid)
+
+    def cut(self, batch: Batch, steps: int) -> Iterator[Batch]:
+        """Yields parts of the sequences of a batch, each of at most so many steps."""
+        arrays = {n: a for n, a in batch.feed.items() if n in self.data.per_sample and a.ndim > 1}
+        count = max((a.shape[1] for a in arrays.values()), default=0)
+        if count <= steps:
+            yield batch
+            return
+        long = {name for name, array in arrays.items() if array.shape[1] == count}
+        told = {name for name in batch.feed if name in self._told}
+        for start in range(0, count, steps):
+            stop = min(start + steps, count)
+            feed = {n: a[:, start:stop] if n in long else a for n, a in batch.feed.items()}
+            feed |= {n: np.clip(batch.feed[n] - start, 0, stop - start) for n in told}
+            valid = batch.valid
+            valid = valid if valid.shape[1] == 1 else valid[:, start:stop]
+            yield Batch(batch.samples, feed, stop - start, valid, start, stop == count)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from rnnprune_cli.data import Dataset
+from rnnprune_cli.errors import UsageError
 from rnnprune_cli.metrics import Quality, drop
 from rnnprune_cli.model import (
     Array,
@@ -31,6 +32,7 @@ from rnnprune_cli.trainer import checkpoint
 from rnnprune_cli.trainer.batches import Batch, Batches
 from rnnprune_cli.trainer.call import tf
 from rnnprune_cli.trainer.fade import Fading
+from rnnprune_cli.trainer.graph import CARRIED
 from rnnprune_cli.trainer.loop import (
     DIVERGED,
     LEAST_UPDATES,
@@ -189,7 +191,8 @@ class _Run:
         options = task.options
         task.progress("preparing for training")
         names = frozenset[str]() if task.changes is None else task.changes.names
-        self._trainee = Trainee(task.model, task.pruned, options.freeze, names)
+        carry = options.bptt is not None
+        self._trainee = Trainee(task.model, task.pruned, options.freeze, names, carry)
         runner = task.model.open(task.threads)
         self._prepare = runner.prepared
         self._batches = Batches(task.train, options.batch, runner, task.states)
@@ -213,6 +216,7 @@ class _Run:
     def result(self) -> Result:
         """Trains, and returns the best model."""
         task = self._task
+        self._check_cut()
         self._start, lost, self._first_loss = self._measured(self._trainee.values())
         if task.changes is None:
             self._at.score = score_of(lost, self._first_loss)
@@ -306,20 +310,18 @@ class _Run:
     def _update(self, samples: Array) -> None:
         """Updates the weights once."""
         at, task = self._at, self._task
-        parts = [
-            (part, self._given(part, self._batches, self._teacher))
-            for part in self._batches.parts(samples)
-        ]
-        counts = [task.objective.counts(task.train, part) for part, _ in parts]
-        totals = np.maximum(np.sum(counts, axis=0), 1).astype(np.float32)
+        parts = list(self._batches.parts(samples))
+        counts = np.sum([task.objective.counts(task.train, part) for part in parts], axis=0)
         loss, gradients = 0.0, list[Any]()
-        for _, (feed, *given) in parts:
-            value, found, ends = self._gradient({**feed, **self._states}, *given, totals)
-            loss += float(value)
-            gradients = (
-                [a + b for a, b in zip(gradients, found, strict=True)] if gradients else found
-            )
-            self._states = {name: ends[taken] for name, taken in self._batches.handed.items()}
+        for part in parts:
+            for piece, given in self._pieces(part, self._batches, self._teacher):
+                totals = task.objective.totals(counts, piece)
+                value, found, ends = self._gradient(*given, totals)
+                loss += float(value)
+                gradients = (
+                    [a + b for a, b in zip(gradients, found, strict=True)] if gradients else found
+                )
+                self._hand_on(ends)
         norm = self._optimizer(gradients, rate_at(at, self._updates, task.options.lr))
         at.clipped += int(norm > task.options.clip)
         at.update, at.done, at.since = at.update + 1, at.done + 1, at.since + 1
@@ -332,10 +334,55 @@ class _Run:
             self._watch_loss(loss)
         self._tell(loss, norm)
 
-    def _given(self, part: Batch, batches: Batches, teacher: Teacher) -> list[Any]:
-        """Returns feed, labels, what the original gives, and valid steps."""
-        labels = self._task.objective.labels(batches.data, part)
-        return [dict(self._prepare(part.feed)), labels, teacher(part), part.valid]
+    def _pieces(
+        self, part: Batch, batches: Batches, teacher: Teacher, whole: bool = False
+    ) -> Iterator[tuple[Batch, list[Any]]]:
+        """Yields what goes through the model at once.
+
+        With it come feed, labels, what the original gives, and valid steps. Each must be done, and
+        its states handed on, before the next is asked for.
+        """
+        objective, steps = self._task.objective, self._task.options.bptt
+        outputs = teacher(part)
+        carried = self._trainee.module.carried
+        if carried:
+            shapes = {n: (d, len(part.samples), size) for n, (d, size) in carried.items()}
+            self._states = {n: np.zeros(shape, np.float32) for n, shape in shapes.items()}
+            self._states[CARRIED] = np.array(False)
+        for piece in [part] if whole or steps is None else batches.cut(part, steps):
+            feed = {**self._prepare(piece.feed), **self._states}
+            labels = objective.labels(batches.data, piece)
+            yield piece, [feed, labels, objective.given(piece, outputs), piece.valid]
+
+    def _hand_on(self, ends: Values) -> None:
+        """Takes over the states that a part ended with, for the next."""
+        if self._trainee.module.carried:
+            self._states = {**ends, CARRIED: np.array(True)}
+        else:
+            self._states = {name: ends[taken] for name, taken in self._batches.handed.items()}
+
+    def _check_cut(self) -> None:
+        """Raises UsageError if parts of sequences do not give what whole ones do."""
+        if not self._trainee.module.carried:
+            return
+        self._task.progress("comparing parts of sequences with whole ones")
+        part = next(self._batches.parts(self._batches.epoch(None)[0]))
+        sums = []
+        for whole in (True, False):
+            total = np.zeros(len(self._task.objective.terms))
+            for piece, given in self._pieces(part, self._batches, self._teacher, whole):
+                found, ends = self._gradient.losses(*given)
+                waits = np.isinf(self._task.objective.totals(total, piece))
+                total += np.where(waits, 0, found)
+                self._hand_on(ends)
+            sums.append(total)
+        one, two = sums
+        if not np.allclose(one, two, rtol=1e-3, atol=1e-3 * len(part.samples)):
+            raise UsageError(
+                "sequences cannot be cut: in parts of"
+                f" {self._task.options.bptt} steps the model gives something else",
+                "leave out --bptt: something besides recurrent layers looks across steps",
+            )
 
     def _change_masks(self) -> None:
         """Makes the masks tighter, if it is time to."""
@@ -390,14 +437,15 @@ class _Run:
         metrics = task.quality.of(runner)
         teacher = Teacher(task.original, task.objective.taught, self._held.handed)
         total, counts = np.zeros((2, len(task.objective.terms)))
-        states: dict[str, Array] = {}
+        before, self._states = self._states, {}
         for samples in self._held.epoch(None):
             for part in self._held.parts(samples):
-                own = task.objective.counts(task.validation, part)
-                feed, *given = self._given(part, self._held, teacher)
-                losses, ends = self._gradient.losses({**feed, **states}, *given)
-                states = {name: ends[taken] for name, taken in self._held.handed.items()}
-                total, counts = total + losses, counts + own
+                counts += task.objective.counts(task.validation, part)
+                for _, given in self._pieces(part, self._held, teacher, whole=True):
+                    found, ends = self._gradient.losses(*given)
+                    total += found
+                    self._hand_on(ends)
+        self._states = before
         loss = float(np.sum(total / np.maximum(counts, 1)))
         return metrics, drop(task.quality.dense, metrics), loss
 

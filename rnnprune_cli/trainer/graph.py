@@ -46,6 +46,45 @@ def scoped(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.\\/>-]", "_", name).lstrip("_\\/>-") or "weight"
 
 
+CARRIED = "rnnprune.carried"
+"""bool: whether states are those of an earlier call, rather than where the model starts itself."""
+_STATES = {"h": 5, "c": 6}
+"""Letter of a state → the input of a recurrent operator that it starts with."""
+
+
+def _names(node: ir.Node) -> list[str]:
+    """Returns the names of the states of a recurrent operator; none of any other."""
+    letters = ("h", "c") if node.op_type == "LSTM" else ("h",)
+    return [f"{node.name}.{letter}" for letter in letters] if is_recurrent(node) else []
+
+
+def _states(graph: ir.Graph) -> dict[str, tuple[int, int]]:
+    """Returns name → directions and size of all states of a graph.
+
+    Raises:
+        RnnpruneError: If they cannot be carried from one part of a sequence to the next.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    for node in graph.all_nodes():
+        if not is_recurrent(node):
+            continue
+        attributes = {name: attr.value for name, attr in node.attributes.items()}
+        reason = None
+        if node.graph is not graph:
+            reason = "runs in a branch or a loop"
+        elif attributes.get("direction", "forward") != "forward":
+            reason = "reads sequences from their end"
+        elif attributes.get("layout", 0):
+            reason = "has layout=1"
+        if reason is not None:
+            raise RnnpruneError(
+                f"sequences cannot be cut: {node.op_type} '{node.name}' {reason}",
+                "leave out --bptt",
+            )
+        found |= dict.fromkeys(_names(node), (1, int(attributes["hidden_size"])))
+    return found
+
+
 class GraphModule(tf.Module):  # type: ignore[misc]  # TensorFlow has no types
     """A model without functions, such as :func:`rnnprune_cli.shrink.task.prepared` returns.
 
@@ -59,11 +98,15 @@ class GraphModule(tf.Module):  # type: ignore[misc]  # TensorFlow has no types
             instead: W at 1 and R at 2, in ONNX layout.
         dtype: A type for all real numbers; None for those of the file.
         trainable: Tells which constants are trained; by default all but measured statistics.
+        carry: Whether a call may start with the states that one before has ended with.
 
     Attributes:
         weights: Name of an initializer or output of a Constant → its variable.
         values: The same name → that constant.
         inputs: Names of what a call needs.
+        carried: Name of a state of a recurrent operator → its directions and size; empty without
+            ``carry``. A call that is given them, and :data:`CARRIED`, starts with them; any call
+            returns what it ended with.
 
     Raises:
         RnnpruneError: If the model has an operator that is not supported.
@@ -81,6 +124,7 @@ class GraphModule(tf.Module):  # type: ignore[misc]  # TensorFlow has no types
         overrides: Overrides | None = None,
         dtype: np.dtype[Any] | None = None,
         trainable: Callable[[ir.Value], bool] | None = None,
+        carry: bool = False,
     ) -> None:
         super().__init__()
         self._graph = model.graph
@@ -88,6 +132,9 @@ class GraphModule(tf.Module):  # type: ignore[misc]  # TensorFlow has no types
         self._overrides = dict(overrides or {})
         self._dtype = dtype
         self._check()
+        self.carried = _states(model.graph) if carry else {}
+        self._given: Mapping[str, Value] = {}
+        self._ends: dict[str, Value] = {}
         self.weights: dict[str, Any] = {}
         self.values: dict[str, ir.Value] = {}
         self._variables: dict[int, Any] = {}
@@ -123,8 +170,10 @@ class GraphModule(tf.Module):  # type: ignore[misc]  # TensorFlow has no types
                 environment[id(value)] = tf.cast(given, dtype)
             elif name in self.inputs:
                 raise RnnpruneError(f"no value for input '{name}'", "give an array for each input")
+        self._given = {name: feed[name] for name in (*self.carried, CARRIED) if name in feed}
+        self._ends = {}
         results = self._run(self._graph, environment)
-        return {
+        return self._ends | {
             value.name or "": tf.convert_to_tensor(result)
             for value, result in zip(self._graph.outputs, results, strict=True)
         }
@@ -180,6 +229,17 @@ class GraphModule(tf.Module):  # type: ignore[misc]  # TensorFlow has no types
             )
         return [environment[id(value)] for value in graph.outputs]
 
+    def _start(self, inputs: list[Value], carried: Sequence[str]) -> list[Value]:
+        """Returns the inputs of a recurrent operator, with the states it is to start with."""
+        inputs = [*inputs, *[None] * (_STATES["c"] + 1 - len(inputs))]
+        for name in carried:
+            index = _STATES[name[-1]]
+            if name in self._given:
+                own, given = inputs[index], tf.convert_to_tensor(self._given[name])
+                given = given if own is None else tf.where(self._given[CARRIED], given, own)
+                inputs[index] = given
+        return inputs
+
     def _stored(self, value: ir.Value) -> Value:
         if id(value) in self._variables:
             return tf.convert_to_tensor(self._variables[id(value)])
@@ -200,6 +260,10 @@ class GraphModule(tf.Module):  # type: ignore[misc]  # TensorFlow has no types
         attributes = {name: attr.value for name, attr in node.attributes.items()}
         used = [k for k, v in enumerate(node.outputs) if k == 0 or v.uses() or v.is_graph_output()]
         outputs = used[-1] + 1
+        carried = [name for name in _names(node) if name in self.carried]
+        if carried:
+            outputs = 1 + len(carried)
+            inputs = self._start(inputs, carried)
         call = Call(node.op_type, self._opset, attributes, outputs, self._real, run, self.trained)
         operator = self.operators[node.op_type]
         folds = node.op_type not in control.OPERATORS and all(
@@ -208,6 +272,7 @@ class GraphModule(tf.Module):  # type: ignore[misc]  # TensorFlow has no types
         try:
             if not folds:
                 made = operator(call, *inputs)
+                self._ends.update(zip(carried, made[1:] if carried else (), strict=True))
                 return made if isinstance(made, (list, tuple)) else [made]
             with tf.init_scope():  # now, not when the traced function runs
                 made = operator(call, *inputs)

@@ -23,6 +23,7 @@ from rnnprune_cli.model import Array, BoolArray, Epoch, Runner
 from rnnprune_cli.tensorflow.runtime import first_line
 from rnnprune_cli.trainer.batches import Batch, Batches
 from rnnprune_cli.trainer.call import Value, tf
+from rnnprune_cli.trainer.graph import CARRIED
 from rnnprune_cli.trainer.objective import Objective
 from rnnprune_cli.trainer.trainee import Trainee
 
@@ -125,7 +126,8 @@ class Gradient:
         self._module = trainee.module
         self._variables = list(trainee.variables.values())
         self._objective = objective
-        self._handed = batches.handed
+        carried = trainee.module.carried
+        self._handed = batches.handed or {name: name for name in carried}
         data = batches.data
         feed = {
             spec.name: tf.TensorSpec(
@@ -136,6 +138,9 @@ class Gradient:
             )
             for spec in runner.inputs
         }
+        for name, (directions, size) in carried.items():
+            feed[name] = tf.TensorSpec([directions, None, size], tf.float32)
+            feed[CARRIED] = tf.TensorSpec([], tf.bool)
         labels = {
             t.target.output: tf.TensorSpec(
                 [None] * data.targets[t.target.key].ndim, data.targets[t.target.key].dtype

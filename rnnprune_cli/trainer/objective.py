@@ -16,6 +16,11 @@ from rnnprune_cli.trainer.call import Value, tf
 from rnnprune_cli.trainer.targets import Target, labelled, unlabelled
 
 
+MIXED = 0.5
+"""Share of distillation where there are labels: labels alone overfit soon, as measured on the sample
+models, whose own training had dropout and noise."""
+
+
 @dataclass(frozen=True, eq=False)
 class Term:
     """One summand of the loss.
@@ -37,12 +42,14 @@ class Term:
 
     def count(self, data: Dataset, batch: Batch) -> int:
         """Returns how many items of a batch it is a mean of."""
+        if not (self.target.by_step or batch.last):
+            return 0
         counted = batch.valid if self.target.by_step else np.ones((len(batch.samples), 1), np.bool_)
         if self.target.by_step and batch.steps is not None:
             counted = counted[:, : batch.steps]
         if self.target.key is None or not self.target.classes:
             return int(counted.sum())
-        labels = data.targets[self.target.key][batch.samples] >= 0
+        labels = batch.labels(data.targets[self.target.key], self.target.by_step) >= 0
         if self.target.by_step:
             labels = labels[:, : counted.shape[1]]
             counted = counted.reshape(*counted.shape, *[1] * (labels.ndim - 2))
@@ -69,8 +76,30 @@ class Objective:
 
     def labels(self, data: Dataset, batch: Batch) -> dict[str, Array]:
         """Returns what the terms with labels compare with, by output."""
-        keys = {t.target.output: t.target.key for t in self.terms if t.target.key is not None}
-        return {output: data.targets[key][batch.samples] for output, key in keys.items()}
+        return {
+            t.output: batch.labels(data.targets[t.key], t.by_step)
+            for t in (term.target for term in self.terms)
+            if t.key is not None
+        }
+
+    def given(self, batch: Batch, outputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Returns the part of what the original gives for whole sequences that is of a batch."""
+        if batch.start == 0 and batch.last:
+            return dict(outputs)
+        stop = batch.start + (batch.steps or 0)
+        cut = {term.target.output for term in self.terms if term.target.by_step}
+        return {n: a[:, batch.start : stop] if n in cut else a for n, a in outputs.items()}
+
+    def totals(self, counts: Array, batch: Batch) -> Array:
+        """Returns by what sums over a part of a batch are divided, float32 ``[terms]``.
+
+        Args:
+            counts: Items of each term in the whole batch.
+            batch: The part; what says nothing of steps is looked at when a sequence ends.
+        """
+        waits = [not (term.target.by_step or batch.last) for term in self.terms]
+        divisors: Array = np.where(waits, np.inf, np.maximum(counts, 1)).astype(np.float32)
+        return divisors
 
     def __call__(
         self,
@@ -127,9 +156,9 @@ def objective(
 ) -> Objective:
     """Decides what to minimize.
 
-    With labels their loss: cross-entropy of integers, squared error (in units of the output's
-    variance) of others. Without, or where ``distill`` says so, the distance to what the original
-    makes of the same data.
+    With labels half of it is their loss, cross-entropy of integers, squared error (in units of the
+    output's variance) of others, unless ``distill`` says otherwise. The rest, or without labels all
+    of it, is the distance to what the original makes of the same data.
 
     Args:
         data: What to train on.
@@ -142,7 +171,9 @@ def objective(
         UsageError: If there is nothing to minimize, or a weight is for no output.
         RnnpruneError: If labels do not fit the outputs.
     """
-    share = options.distill if options.distill is not None else 0.0 if data.targets else 1.0
+    share = options.distill
+    if share is None:
+        share = MIXED if data.targets else 1.0
     targets: list[tuple[Target, float]] = []
     if share < 1 and data.targets:
         targets += [(target, 1 - share) for target in labelled(looked, original)]

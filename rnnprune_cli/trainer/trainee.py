@@ -71,6 +71,7 @@ class Trainee:
         pruned: What becomes of its weights: values to start from, and masks.
         freeze: Globs of names of constants, or of nodes that read them, that are not trained.
         more: Names of further weights that will get masks.
+        carry: Whether sequences are cut, and states carried from one part to the next.
 
     Attributes:
         module: The model as a TensorFlow module.
@@ -88,6 +89,7 @@ class Trainee:
         pruned: Pruned,
         freeze: Sequence[str] = (),
         more: Collection[str] = (),
+        carry: bool = False,
     ) -> None:
         self._model = model
         self._graph = prepared(model)
@@ -95,7 +97,7 @@ class Trainee:
         self.masks: dict[str, BoolArray] = {}
         self._bind(pruned, more)
         values = self._constants(freeze)
-        self.module = GraphModule(self._graph, trainable=lambda value: value in values)
+        self.module = GraphModule(self._graph, trainable=lambda v: v in values, carry=carry)
         # Only what is read is a variable.
         self.variables: dict[str, Any] = {
             name: v for name, v in self.module.weights.items() if v.trainable

@@ -60,8 +60,8 @@ class Budget:
 
     Attributes:
         epochs: Passes over the training split.
-        rate: Learning rate of ``rnnprune``. All else has the highest of the sample model, which suits
-            the toolkit better than less, as tried on the test sets.
+        rate: Learning rate of ``rnnprune``. All else has the highest of the sample model, which
+            suits the toolkit better than less, as tried on the test sets.
     """
 
     epochs: int
@@ -302,7 +302,7 @@ def way(
             report = rnnprune([*arguments, "-o", str(output), "--force"])
             return {key: report[key] for key in ("finetune", "warnings") if key in report}
 
-        return shlex.join(["rnnprune", *arguments]), run
+        return shlex.join(["rnnprune", *(part.rpartition("/")[2] for part in arguments)]), run
     if column == GRADUAL and row.granularity == "weight":
         said = f"tfmot: PolynomialDecay to {row.sparsity}, {trained}"
         return said, lambda: prune_gradually(subject, row.sparsity, folder)
@@ -357,7 +357,6 @@ def compute(
         if known is None:
             return None
         said, run = known
-        said = said.replace(temporary, "…")
         if old is not None and old["how"] == said:
             return old
         print(f"{column}: {said}", file=sys.stderr, flush=True)
