@@ -19,6 +19,10 @@ from rnnprune_cli.spool import Rows, bounds, chunks, picked
 
 LABELS, LENGTHS, TARGET = "labels", "lengths", "target:"
 """Names of arrays that are no inputs; the last begins those of one output."""
+BLOCKS = 10
+"""Into so many parts data are cut to take the last samples of each for validation."""
+MAX_COPIED_BYTES = 1 << 30
+"""A part of larger data is taken only where that copies nothing."""
 _RESERVED = (LABELS, LENGTHS)
 
 
@@ -160,10 +164,12 @@ def _plain(array: Array) -> Array:
 def split(data: Dataset, share: float) -> tuple[Dataset, Dataset]:
     """Splits a data set into one to train on and one to validate on; the same each time.
 
-    The last samples validate. Neighbours in a recording overlap or are alike, and a block at the
-    end has the fewest neighbours among what is trained on. If that would leave one of the two
-    without a class (labels sorted by class), the last samples of each class validate instead,
-    unless samples follow one another (:attr:`Dataset.blank`).
+    The last samples of each of :data:`BLOCKS` parts validate. Neighbours in a recording overlap or
+    are alike, and blocks have few neighbours among what is trained on; but data are often sorted,
+    by class or by who was recorded, and one block at the end would be of one kind. If even so one
+    of the two has not all classes, the last samples of each class validate instead. Where samples
+    follow one another (:attr:`Dataset.blank`), or the data are so large that what is trained on
+    should stay where it is, the last samples of all validate.
 
     Args:
         data: At least two samples.
@@ -185,7 +191,13 @@ def split(data: Dataset, share: float) -> tuple[Dataset, Dataset]:
             "give other data with --validation",
         )
     size = int(np.clip(round(data.count * share), 1, data.count - 1))
-    held = np.arange(data.count) >= data.count - size
+    held = np.zeros(data.count, np.bool_)
+    large = sum(array.nbytes for array in data.inputs.values()) > MAX_COPIED_BYTES
+    parts = 1 if data.blank or large else min(BLOCKS, size)
+    ends = np.rint(np.linspace(0, data.count, parts + 1)).astype(np.int64)[1:]
+    sizes = np.diff(np.rint(np.linspace(0, size, parts + 1)).astype(np.int64))
+    for end, own in zip(ends, sizes, strict=True):
+        held[end - own : end] = True
     labels = data.targets.get("", next(iter(data.targets.values()), None))
     if labels is not None and labels.shape == (data.count,) and labels.dtype.kind in "iub":
         held = _by_class(labels, held, share) if not data.blank else held

@@ -636,15 +636,16 @@ def test_a_split_puts_every_sample_on_one_side(tmp_path, count, share, classes, 
 @pytest.mark.parametrize(
     ("labels", "held"),
     [
-        (None, [36, 37, 38, 39]),
-        (np.arange(40) % 2, [36, 37, 38, 39]),
-        (np.arange(40) // 20, [18, 19, 38, 39]),  # by class
-        (np.arange(40) // 35, [31, 32, 33, 34, 39]),  # so that both are on both sides
-        (np.arange(40) // 39, [36, 37, 38, 39]),  # a class as rare as this may be missing
-        (np.arange(40)[:, None] // 20 * np.ones(4, int), [36, 37, 38, 39]),  # by step
+        (None, [9, 19, 29, 39]),
+        (np.arange(40) // 10 % 2, [9, 19, 29, 39]),
+        (np.arange(40) % 2, [36, 37, 38, 39]),  # by class: those at the ends are of one
+        (np.arange(40) // 20, [9, 19, 29, 39]),
+        (np.arange(40) // 35, [9, 19, 29, 39]),
+        (np.arange(40) // 39, [9, 19, 29, 39]),  # a class as rare as this may be missing
+        (np.arange(40)[:, None] // 20 * np.ones(4, int), [9, 19, 29, 39]),  # by step
     ],
 )
-def test_the_last_samples_validate_unless_a_class_would_be_missing(tmp_path, labels, held):
+def test_the_last_samples_of_parts_validate_unless_a_class_would_be_missing(tmp_path, labels, held):
     data = dataset(tmp_path, 40, **({} if labels is None else {"labels": labels}))
     train, validation = split(data, 0.1)
     assert places(validation) == held

@@ -170,13 +170,14 @@ def _repairs(repairs: Sequence[Repair]) -> Table:
     return table
 
 
+MAX_METRICS = 2
 MAX_EPOCHS = 12
 """Epochs that are shown; of more, some at equal distances, the best and the last."""
 
 
 def _epochs(log: FineTuned) -> RenderableType:
     """Returns what training came to, epoch by epoch, and how it went."""
-    names = [metric.name for metric in log.start]
+    names = [metric.name for metric in log.start][:MAX_METRICS]
     right = tuple(range(1, 5 + len(names)))
     columns = ("trained", "loss", "validation", *names, "worse by", "sparsity")
     table = plain_table(*columns, right=right)
@@ -184,7 +185,7 @@ def _epochs(log: FineTuned) -> RenderableType:
         "before" if log.best else "before, kept",
         "",
         "",
-        *(f"{metric.value:.4f}" for metric in log.start),
+        *(f"{metric.value:.4f}" for metric in log.start[:MAX_METRICS]),
         f"{log.drop:+.4f}",
         "",
     )
@@ -197,7 +198,7 @@ def _epochs(log: FineTuned) -> RenderableType:
                 f"epoch {number}" + (", kept" if number == log.best else ""),
                 f"{epoch.loss:.4g}",
                 f"{epoch.validation_loss:.4g}",
-                *(f"{metric.value:.4f}" for metric in epoch.metrics),
+                *(f"{metric.value:.4f}" for metric in epoch.metrics[:MAX_METRICS]),
                 f"{epoch.drop:+.4f}",
                 f"{epoch.sparsity:.3g}",
             )

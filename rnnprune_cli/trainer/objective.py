@@ -128,7 +128,7 @@ class Objective:
             if term.taught:
                 mean, number = losses.distilled(
                     prediction,
-                    teacher[target.output],
+                    tf.ensure_shape(teacher[target.output], target.shape),
                     target.classes,
                     target.probabilities,
                     self.temperature,
