@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from rnnprune_cli import __version__
-from rnnprune_cli.errors import ExitCode, RnnpruneError, UsageError
+from rnnprune_cli.errors import ExitCode, HelpedError, RnnpruneError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -115,6 +115,7 @@ Metric = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="Overwrite existing files.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 Threads = Annotated[int, typer.Option(help="Threads to run the models with.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with training that was interrupted.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 
 
@@ -161,8 +162,8 @@ def prune(
         typer.Option(
             "--output",
             "-o",
-            help="Where the result goes [default: MODEL with .pruned in its name]; .onnx from a "
-            "SavedModel converts it.",
+            help="Where the result goes [default: MODEL with .pruned in its name]: .onnx, a "
+            "directory for a SavedModel, or the ending of a Keras file.",
             show_default=False,
             readable=False,
         ),
@@ -246,6 +247,10 @@ def prune(
             show_default=False,
         ),
     ] = None,
+    noise: Annotated[
+        float,
+        typer.Option(help="Noise on real inputs, in standard deviations of each feature."),
+    ] = 0.0,
     balance: Annotated[
         bool, typer.Option("--balance", help="Let rare classes count as much as others.")
     ] = False,
@@ -259,9 +264,7 @@ def prune(
             "--freeze", help="Weights, or nodes that read them, not to train; a glob; repeatable."
         ),
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with training that was interrupted.")
-    ] = False,
+    resume: Resume = False,
     logdir: Annotated[
         Path | None, typer.Option(help="Write TensorBoard logs there.", readable=False)
     ] = None,
@@ -362,6 +365,7 @@ def prune(
                 patience=patience,
                 clip=clip,
                 bptt=bptt,
+                noise=noise,
                 balance=balance,
                 output_weights=tuple(loss_weight or ()),
                 freeze=tuple(freeze or ()),
@@ -394,6 +398,10 @@ def run(
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Other data.", readable=False)] = None,
     calibration: Calibration = None,
+    train: Annotated[
+        Path | None, typer.Option(help="Other data to train on.", readable=False)
+    ] = None,
+    resume: Resume = False,
     report: Annotated[
         list[Path] | None,
         typer.Option("--report", help="Also write the report here (.json).", readable=False),
@@ -430,6 +438,7 @@ def run(
             threads=threads,
             force=force,
             reports=tuple(report or ()),
+            **{"finetune.train": train, "finetune.resume": resume or None},
         )
         arguments.update(arguments_of(options))
         return _compress(options, arguments, output_format, quiet, verbose, recipe=found)
@@ -755,6 +764,11 @@ def main() -> None:
             RnnpruneError("interrupted; no model was written", code=ExitCode.INTERRUPTED),
             arguments={"argv": sys.argv[1:]},
         )
+    except HelpedError as error:
+        from rnnprune_cli.console import show_error
+
+        show_error(error)
+        sys.exit(int(error.code))
     except Exception as error:
         if "--verbose" in sys.argv:
             import traceback

@@ -42,6 +42,13 @@ class UsageError(RnnpruneError):
         super().__init__(message, hint, ExitCode.USAGE)
 
 
+class HelpedError(RnnpruneError):
+    """Not a failure: this process has done its part, and another one writes the result."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code=ExitCode.OK)
+
+
 class NotEquivalentError(RnnpruneError):
     """The rewritten model does not compute what was asked for (exit code 4)."""
 

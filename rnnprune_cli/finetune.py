@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rnnprune_cli.apply import Applied, Applier, Inputs
+from rnnprune_cli.cluster import helps
 from rnnprune_cli.data import thinned, with_lengths
-from rnnprune_cli.errors import UsageError
+from rnnprune_cli.errors import HelpedError, RnnpruneError, UsageError
 from rnnprune_cli.metrics import drop
 from rnnprune_cli.model import BoolArray, FineTune, FineTuned, Pruned, Stage
 from rnnprune_cli.onnx_model import OnnxModel
@@ -62,16 +63,34 @@ def state_folder(output: Path) -> Path:
     return output.with_name(f"{output.name}.training")
 
 
+def set_up(options: PruneOptions, progress: Callable[[str], None]) -> None:
+    """Makes TensorFlow ready to train, with all other workers if there are some.
+
+    Args:
+        options: The user's.
+        progress: Called with a short text at the beginning of each step.
+
+    Raises:
+        RnnpruneError: If they do not answer.
+    """
+    from rnnprune_cli.tensorflow.runtime import set_threads
+
+    set_threads(options.threads if options.threads > 1 else os.cpu_count() or 1)
+    if options.finetune.strategy != "single":
+        from rnnprune_cli.trainer.replicas import replicas_of
+
+        replicas_of(options.finetune.strategy, progress)
+
+
 def finetuned(job: Job) -> tuple[Applied, FineTuned]:
     """Trains what the stages made; returns it, or what they made if training made it no better.
 
     Raises:
         RnnpruneError: If it cannot be trained.
+        HelpedError: If it was, and another worker has the result.
     """
-    from rnnprune_cli.tensorflow.runtime import set_threads
-
     options, inputs = job.options, job.inputs
-    set_threads(options.threads if options.threads > 1 else os.cpu_count() or 1)
+    set_up(options, job.progress)
     _, held = inputs.training
     quality = measurable(inputs, held)
     gradual = options.finetune.schedule != "one-shot"
@@ -83,6 +102,8 @@ def finetuned(job: Job) -> tuple[Applied, FineTuned]:
     else:
         result = _trained(job, "weights", job.before, options.finetune.epochs, _changes(job))
         done, log = job.one_shot, result.log
+    if helps(options.finetune):
+        raise HelpedError("this worker has done its part; the first one writes the model")
     if gradual:
         start = quality.of(runner_of(job.one_shot, options.threads))
         lost = drop(quality.dense, start)
@@ -147,7 +168,13 @@ def _trained(
                 "leave out --bptt",
             )
         train, held = with_lengths(train), with_lengths(held)
+    elif (train.lengths is None) != (held.lengths is None) and not train.stacked | held.stacked:
+        train, held = with_lengths(train), with_lengths(held)
     own = dataclasses.replace(options.finetune, epochs=epochs)
+    looked = thinned(train, LOOKED_AT)
+    aim = objective(train, looked, inputs.original, sorted(inputs.states), own)
+    aim.check(train, "training")
+    aim.check(held, "validation")
     task = Task(
         model=applied.model,
         pruned=applied.pruned,
@@ -155,9 +182,7 @@ def _trained(
         validation=held,
         original=inputs.original,
         quality=measurable(inputs, held),
-        objective=objective(
-            train, thinned(train, LOOKED_AT), inputs.original, sorted(inputs.states), own
-        ),
+        objective=aim,
         states=states,
         options=own,
         seed=options.seed,
@@ -186,7 +211,12 @@ def _changes(job: Job) -> Changes:
         part = sparsity / final
         shares = {name: share * part for name, share in stage.shares.items()}
         now = dataclasses.replace(stage, sparsity=stage.sparsity * part, shares=shares)
-        return job.applier().add(Applied(model, masks), now if part < 1 else stage).pruned
+        try:
+            return job.applier().add(Applied(model, masks), now if part < 1 else stage).pruned
+        except RnnpruneError as error:
+            if "not a single" not in error.message:
+                raise
+            return masks  # so little more that it rounds to nothing
 
     names = frozenset(job.one_shot.pruned)
     return Changes(names, SCHEDULES[job.options.finetune.schedule](final), final, prune)

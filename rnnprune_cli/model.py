@@ -524,6 +524,7 @@ class FineTune:
         patience: Epochs without a better model after which training ends.
         clip: Norm to which gradients are cut.
         bptt: Steps of a sequence after which gradients stop; None for the whole sequence.
+        noise: Added to real inputs, in units of the standard deviation of each feature.
         balance: Whether rare classes count more, so that each counts the same in all.
         output_weights: ``OUTPUT=WEIGHT`` of losses; 1 for others.
         freeze: Globs of weights, or nodes that read them, that stay as they are.
@@ -543,6 +544,7 @@ class FineTune:
     patience: int = 10
     clip: float = 1.0
     bptt: int | None = None
+    noise: float = 0.0
     balance: bool = False
     output_weights: tuple[str, ...] = ()
     freeze: tuple[str, ...] = ()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rnnprune_cli.cluster import worker
 from rnnprune_cli.errors import UsageError, closest
 from rnnprune_cli.load import TENSORFLOW_SUFFIXES
 from rnnprune_cli.methods import method as find_method
@@ -87,7 +88,7 @@ class PruneOptions:
     @property
     def rebuilds(self) -> bool:
         """Tells whether the model cannot be changed where it is: all works on its ONNX form."""
-        return self.cuts
+        return self.cuts or self.finetune.epochs > 0
 
     @property
     def masks(self) -> bool:
@@ -233,10 +234,18 @@ def _check_finetune(options: PruneOptions) -> None:
         raise UsageError(
             "--schedule constant is for single weights", "take one-shot, or polynomial"
         )
+    last = options.stages[-1].granularity
+    if own.schedule == "polynomial" and last not in STRUCTURES and parse_pattern(last).sparsity:
+        raise UsageError(
+            f"--schedule polynomial has no steps to take: '{last}' has one sparsity",
+            "take --schedule constant",
+        )
     if own.strategy not in STRATEGIES:
         raise UsageError(
             f"there is no strategy '{own.strategy}'", closest(own.strategy, STRATEGIES)
         )
+    if own.strategy == "multiworker":
+        worker()
     if own.distill is not None and not 0 <= own.distill <= 1:
         raise UsageError(
             f"--distill {own.distill:g} is not between 0 and 1",
@@ -248,6 +257,7 @@ def _check_finetune(options: PruneOptions) -> None:
         "--batch": (own.batch, 1, 1 << 20),
         "--patience": (own.patience, 1, 1 << 20),
         "--clip": (own.clip, 1e-9, 1e9),
+        "--noise": (own.noise, 0, 1e3),
         "--bptt": (1 if own.bptt is None else own.bptt, 1, 1 << 30),
     }
     for option, (value, least, most) in limits.items():
@@ -311,7 +321,8 @@ def output_path(
         if output is not None and _is_directory(output):
             return output, "savedmodel"
         raise UsageError(
-            f"a model that loses units or layers is not written as a {model.suffix} file",
+            "a model that loses units or layers, or is fine-tuned, is not written as a"
+            f" {model.suffix} file",
             "give a directory for a SavedModel, -o NAME, or -o NAME.onnx",
         )
     if output is None:

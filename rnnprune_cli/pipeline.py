@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from rnnprune_cli import measure
 from rnnprune_cli.apply import VERIFIED_SAMPLES, Applied, Applier, Inputs, Progress
+from rnnprune_cli.cluster import helps
 from rnnprune_cli.data import Dataset, load_dataset, padded_on_the_right, varied_feeds
-from rnnprune_cli.errors import RnnpruneError, UsageError
-from rnnprune_cli.finetune import Job, check_state, finetuned, state_folder
+from rnnprune_cli.errors import HelpedError, RnnpruneError, UsageError
+from rnnprune_cli.finetune import Job, check_state, finetuned, set_up, state_folder
 from rnnprune_cli.gate_order import ONNX_ORDER
 from rnnprune_cli.load import load
 from rnnprune_cli.methods import method as find_method
@@ -149,6 +150,8 @@ def opened(options: PruneOptions, output_format: str, progress: Progress) -> Ite
     Raises:
         RnnpruneError: If it cannot be read, or nothing in it can be pruned.
     """
+    if options.finetune.strategy == "multiworker":  # before anything else in TensorFlow
+        set_up(options, progress)
     progress(f"reading {options.model}")
     source = load(options.model, options.signature, options.threads)
     with contextlib.ExitStack() as stack:
@@ -251,7 +254,11 @@ def prune_family(
                 progress(f"{target or 'sparsity'} {value:g}: {step}")
 
             own = dataclasses.replace(session, options=member, progress=told)
-            reports.append(_finished(own, member, output, {**arguments, "family": value}))
+            try:
+                reports.append(_finished(own, member, output, {**arguments, "family": value}))
+            except HelpedError:
+                if member is members[-1]:
+                    raise
     return tuple(reports)
 
 
@@ -309,9 +316,10 @@ def _finetuned(
 ) -> tuple[Applied, FineTuned]:
     """Trains what the stages made; its files live as long as the stack."""
     folder = state_folder(output)
-    if folder.exists() and not session.options.finetune.resume:
-        shutil.rmtree(folder)  # checked_output refuses without --force
-    folder.mkdir(exist_ok=True)
+    if not helps(session.options.finetune):
+        if folder.exists() and not session.options.finetune.resume:
+            shutil.rmtree(folder)  # checked_output refuses without --force
+        folder.mkdir(exist_ok=True)
     scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="rnnprune-"))
     job = Job(
         dataclasses.replace(session.options, stages=planned.stages),
@@ -472,6 +480,8 @@ def checked_output(options: PruneOptions) -> tuple[Path, str]:
             "--include is for ONNX models",
             f"give an output with -o {options.model.resolve().name}.onnx: the model is converted",
         )
+    if helps(options.finetune):
+        return output, output_format
     check_output(options, output, output_format)
     if options.finetune.epochs:
         check_state(output, options.finetune, options.force)

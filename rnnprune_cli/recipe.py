@@ -74,6 +74,7 @@ KEYS: Mapping[str, str] = {
     "patience": "finetune.patience",
     "clip": "finetune.clip",
     "bptt": "finetune.bptt",
+    "noise": "finetune.noise",
     "balance": "finetune.balance",
     "loss-weight": "finetune.output_weights",
     "freeze": "finetune.freeze",

@@ -745,15 +745,6 @@ def test_wrong_usage_has_its_exit_code(tmp_path, name):
     only_model(tmp_path)
 
 
-def test_a_saved_model_needs_an_onnx_output(tmp_path):
-    folder = tmp_path / "saved"
-    folder.mkdir()
-    (folder / "saved_model.pb").write_bytes(b"")
-    done = rnnprune(folder, "--granularity", "unit", "-s", 0.5)
-    assert done.returncode == 2 and "-o saved.onnx" in done.stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["saved"]
-
-
 def test_units_of_a_sample_model_cost_little(shrink, tmp_path):
     """With the repair, half of the units go and accuracy stays; without it, it does not."""
     test = SAMPLES / "speech.test.npz"

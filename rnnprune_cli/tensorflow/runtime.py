@@ -32,7 +32,7 @@ DAMAGED = (
 """What TensorFlow's and Keras's readers raise on files that are damaged or too new, beside
 ``tf.errors.OpError``; these readers document no error type."""
 
-_NO_GIST = ("Graph execution error:", "Detected at node", "<stack traces", "[[{{", "[[")
+_NO_GIST = ("Graph execution error:", "Detected at node", "<stack traces", "[[{{", "[[", 'File "')
 
 
 @contextlib.contextmanager

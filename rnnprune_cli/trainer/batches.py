@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rnnprune_cli.data import Dataset
+from rnnprune_cli.data import Dataset, thinned
 from rnnprune_cli.errors import RnnpruneError
 from rnnprune_cli.model import Array, BoolArray, Runner
 
+LOOKED_AT = 256
+"""Samples that the size of features is taken from."""
 _BUCKET = 16
 """Batches whose samples are sorted by length together."""
 
@@ -63,9 +65,17 @@ class Batches:
         size: Samples of a batch.
         runner: The model.
         states: Input → output that hold the same state.
+        noise: What is added to real inputs, in units of the standard deviation of each feature.
     """
 
-    def __init__(self, data: Dataset, size: int, runner: Runner, states: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        data: Dataset,
+        size: int,
+        runner: Runner,
+        states: Mapping[str, str],
+        noise: float = 0.0,
+    ) -> None:
         self.data = data
         self.size = size
         self.handed = {
@@ -74,11 +84,12 @@ class Batches:
             if data.count > 1 and given in data.blank
         }
         self._one = data.single or bool(self.handed)
-        lengths = None if data.stacked else data.lengths
+        lengths = None if data.padded_steps is None else data.lengths
         self._lengths = lengths
         self._told = {s.name for s in runner.inputs if s.is_length and s.name in data.per_sample}
         self._together = lengths is None or bool(self._told)
         self._cut = lengths is not None and self._takes(runner, int(lengths.min()))
+        self._noise = _deviations(data, noise) if noise else {}
         self.count = -(-data.count // size)
         """Updates in an epoch."""
 
@@ -109,8 +120,14 @@ class Batches:
         batches = [order[k : k + self.size] for k in range(0, len(order), self.size)]
         return [batches[k] for k in generator.permutation(len(batches))]
 
-    def parts(self, samples: Array) -> Iterator[Batch]:
-        """Yields what goes through the model together."""
+    def parts(self, samples: Array, seed: Sequence[int] = ()) -> Iterator[Batch]:
+        """Yields what goes through the model together.
+
+        Args:
+            samples: Of a batch.
+            seed: Of noise.
+        """
+        generator = np.random.default_rng(list(seed))
         if self._one:
             groups = [samples[k : k + 1] for k in range(len(samples))]
         elif self._together or not self._cut:
@@ -125,7 +142,11 @@ class Batches:
                 lengths = self._lengths[group]
                 steps = int(lengths.max()) if self._cut else None
                 valid = np.arange(self.data.padded_steps or 1)[None] < lengths[:, None]
-            yield Batch(group, self.data.take(group, steps), steps, valid)
+            feed = self.data.take(group, steps)
+            for name, scale in self._noise.items() if seed else ():
+                noise = generator.standard_normal(feed[name].shape, np.float32) * scale
+                feed[name] = (feed[name] + noise).astype(feed[name].dtype)
+            yield Batch(group, feed, steps, valid)
 
     def cut(self, batch: Batch, steps: int) -> Iterator[Batch]:
         """Yields parts of the sequences of a batch, each of at most so many steps."""
@@ -143,3 +164,13 @@ class Batches:
             valid = batch.valid
             valid = valid if valid.shape[1] == 1 else valid[:, start:stop]
             yield Batch(batch.samples, feed, stop - start, valid, start, stop == count)
+
+
+def _deviations(data: Dataset, noise: float) -> dict[str, Array]:
+    """Returns input → how much noise each of its features gets; states get none."""
+    some = thinned(data, LOOKED_AT)
+    return {
+        name: noise * np.std(array, axis=tuple(range(array.ndim - 1)), dtype=np.float32)
+        for name, array in some.inputs.items()
+        if name in data.per_sample and array.dtype.kind == "f" and name not in data.blank
+    }

@@ -78,11 +78,10 @@ class Exporter:
         self._threads = threads
         self._paths = _paths(source, base)
         self._signature = "serving_default"
-        self._outputs: Mapping[str, Any] = {}
         if isinstance(source, TensorFlowModel):
             function, self._signature = source.program.function, source.program.signature
             self._inputs: Mapping[str, Any] = function.structured_input_signature[1]
-            self._outputs = function.structured_outputs
+            self._outputs: Mapping[str, Any] = function.structured_outputs
             self.warnings += tuple(_left_behind(source))
         else:
             graph = base.fresh().graph
@@ -158,9 +157,7 @@ class Exporter:
 
     def _as_declared(self, name: str, value: Value) -> Value:
         """Returns an output with the type and the known sizes that the original declares."""
-        declared = self._outputs.get(name)
-        if declared is None:
-            return value
+        declared = self._outputs[name]
         value = tf.cast(value, declared.dtype)
         if value.shape.is_compatible_with(declared.shape):  # states may have become shorter
             value.set_shape(declared.shape)
@@ -349,11 +346,9 @@ def _paths(source: LoadedModel, base: OnnxModel) -> dict[tuple[str, int], str]:
         known = {_bytes(layer, 0): layer.name for layer in source.layers}
     paths = {}
     for layer in base.layers:
-        for k in range(layer.r.shape[0]):
-            own = (
-                f"{layer.name}/{('forward', 'backward')[k]}" if layer.r.shape[0] > 1 else layer.name
-            )
-            paths[layer.name, k] = known.get(_bytes(layer, k), own)
+        ends = ("/forward", "/backward") if layer.r.shape[0] > 1 else ("",)
+        for k, end in enumerate(ends):
+            paths[layer.name, k] = known.get(_bytes(layer, k), layer.name + end)
     return paths
 
 
@@ -387,7 +382,7 @@ def _take_kernels(
             continue
         taken.append(node)
         kernels[located.name, 1] = tuple(
-            _kernel(layer, k, node, bias, weights, paths[layer.name, k])
+            _kernel(layer, k, node, bias, weights, paths.get((layer.name, k), layer.name))
             for k in range(layer.r.shape[0])
         )
     for node in taken:

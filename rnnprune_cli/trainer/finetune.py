@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import hashlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,7 @@ from rnnprune_cli.trainer.loop import (
     score_of,
 )
 from rnnprune_cli.trainer.objective import Objective
+from rnnprune_cli.trainer.replicas import Replicas, SharedGradient, Stream, replicas_of
 from rnnprune_cli.trainer.trainee import Trainee
 
 CHECKPOINT_SECONDS = 60.0
@@ -144,8 +147,10 @@ def finetune(task: Task) -> Result:
         RnnpruneError: If it cannot be trained.
     """
     tf.config.experimental.enable_op_determinism()
-    with _interrupts() as interrupted:
-        return _Run(task, interrupted).result()
+    replicas = replicas_of(task.options.strategy, task.progress)
+    scope = contextlib.nullcontext() if replicas is None else replicas.scope()
+    with _interrupts() as interrupted, scope:
+        return _Run(task, interrupted, replicas).result()
 
 
 @contextlib.contextmanager
@@ -185,9 +190,13 @@ class _Watch:
 class _Run:
     """A run of training."""
 
-    def __init__(self, task: Task, interrupted: Callable[[], bool]) -> None:
+    def __init__(
+        self, task: Task, interrupted: Callable[[], bool], replicas: Replicas | None
+    ) -> None:
         self._task = task
         self._interrupted = interrupted
+        self._interrupted_elsewhere = False
+        self._replicas = replicas
         options = task.options
         task.progress("preparing for training")
         names = frozenset[str]() if task.changes is None else task.changes.names
@@ -195,10 +204,19 @@ class _Run:
         self._trainee = Trainee(task.model, task.pruned, options.freeze, names, carry)
         runner = task.model.open(task.threads)
         self._prepare = runner.prepared
-        self._batches = Batches(task.train, options.batch, runner, task.states)
+        self._batches = Batches(
+            task.train, options.batch, runner, task.states, options.noise
+        )
         self._held = Batches(task.validation, options.batch, runner, task.states)
-        self._gradient = Gradient(self._trainee, task.objective, self._batches, runner)
-        self._optimizer = Optimizer(self._trainee, options.clip)
+        given = self._trainee, task.objective, self._batches, runner
+        if replicas is None:
+            self._gradient = Gradient(*given)
+            self._optimizer = Optimizer(self._trainee, options.clip)
+        else:
+            self._check_replicas(replicas)
+            self._agree()
+            self._gradient = self._shared = SharedGradient(replicas, *given)
+            self._optimizer = Optimizer(self._trainee, options.clip, replicas.all)
         self._teacher = Teacher(task.original, task.objective.taught, self._batches.handed)
         self._fading = None if task.fading is None else Fading(self._trainee, task.fading)
         self._states: dict[str, Array] = {}
@@ -210,7 +228,7 @@ class _Run:
         self._begin = self._saved = time.perf_counter()
         self._stopped: str | None = None
         self._logs = None
-        if options.logdir is not None:
+        if options.logdir is not None and (replicas is None or replicas.chief):
             self._logs = tf.summary.create_file_writer(str(options.logdir))
 
     def result(self) -> Result:
@@ -262,7 +280,7 @@ class _Run:
         for samples in order[at.update :]:
             self._change_masks()
             self._update(samples)
-            if self._interrupted():
+            if self._interrupted_elsewhere or (self._replicas is None and self._interrupted()):
                 self._stopped = f"interrupted in epoch {at.epoch + 1}"
             if self._stopped is not None or time.perf_counter() > self._saved + CHECKPOINT_SECONDS:
                 self._save()
@@ -292,10 +310,18 @@ class _Run:
             at.best, at.score = at.epoch, score
             self._best, self._best_masks = values, dict(self._trainee.masks)
             self._anchor, self._anchor_masks = self._best, self._best_masks
-        elif not np.isfinite(loss) or (final and loss > WORSE * max(self._first_loss, SMALL)):
+        elif not np.isfinite(loss) or (final and loss > WORSE * self._fair_loss()):
             self._roll_back()
         elif final and at.epoch - max(at.best, self._unfinished()) >= task.options.patience:
             self._stopped = f"no better model in {task.options.patience} epochs"
+
+    def _fair_loss(self) -> float:
+        """Returns what losses on validation data are compared with, once masks are final.
+
+        That at the start, or, if less was removed then, that of the best model since.
+        """
+        best = self._at.score[1]
+        return max(self._first_loss, best if np.isfinite(best) else 0.0, SMALL)
 
     def _final(self) -> bool:
         """Tells whether the masks will not change any more."""
@@ -310,18 +336,7 @@ class _Run:
     def _update(self, samples: Array) -> None:
         """Updates the weights once."""
         at, task = self._at, self._task
-        parts = list(self._batches.parts(samples))
-        counts = np.sum([task.objective.counts(task.train, part) for part in parts], axis=0)
-        loss, gradients = 0.0, list[Any]()
-        for part in parts:
-            for piece, given in self._pieces(part, self._batches, self._teacher):
-                totals = task.objective.totals(counts, piece)
-                value, found, ends = self._gradient(*given, totals)
-                loss += float(value)
-                gradients = (
-                    [a + b for a, b in zip(gradients, found, strict=True)] if gradients else found
-                )
-                self._hand_on(ends)
+        loss, gradients = self._summed(samples)
         norm = self._optimizer(gradients, rate_at(at, self._updates, task.options.lr))
         at.clipped += int(norm > task.options.clip)
         at.update, at.done, at.since = at.update + 1, at.done + 1, at.since + 1
@@ -333,6 +348,36 @@ class _Run:
             at.total += loss
             self._watch_loss(loss)
         self._tell(loss, norm)
+
+    def _summed(self, samples: Array) -> tuple[float, list[Any]]:
+        """Returns the loss of a batch and its gradient."""
+        objective, data = self._task.objective, self._task.train
+        seed = [self._task.seed, self._at.epoch, self._at.update]
+        parts = list(self._batches.parts(samples, seed))
+        counts = np.sum([objective.counts(data, part) for part in parts], axis=0)
+        loss, gradients = 0.0, list[Any]()
+        if self._replicas is not None:
+            streams = [self._stream(own, counts) for own in self._replicas.shares(data, parts)]
+            self._interrupted_elsewhere, loss, gradients = self._shared.summed(
+                streams, self._interrupted()
+            )
+            return loss, gradients
+        for part in parts:
+            for piece, given in self._pieces(part, self._batches, self._teacher):
+                value, found, ends = self._gradient(*given, objective.totals(counts, piece))
+                loss += float(value)
+                gradients = (
+                    [a + b for a, b in zip(gradients, found, strict=True)] if gradients else found
+                )
+                self._hand_on(ends)
+        return loss, gradients
+
+    def _stream(self, parts: Sequence[Batch], counts: Array) -> Stream:
+        """Yields what one of several replicas does of a batch."""
+        for part in parts:
+            for piece, given in self._pieces(part, self._batches, self._teacher):
+                ends = yield (*given, self._task.objective.totals(counts, piece))
+                self._hand_on(ends)
 
     def _pieces(
         self, part: Batch, batches: Batches, teacher: Teacher, whole: bool = False
@@ -396,12 +441,42 @@ class _Run:
         model = trainee.write(task.folder / "changing.onnx", trainee.values())
         pruned = trainee.masked(model, trainee.masks, task.pruned)
         trainee.prune(model, changes.prune(model, pruned, sparsity))
+        self._agree()
         self._optimizer.mask(trainee.masks)
         self._sparsity = sparsity
         if self._final():
             at.final = at.done
         self._anchor, self._anchor_masks = trainee.values(), dict(trainee.masks)
         at.since, at.smooth, at.least = 0, None, float("inf")
+
+    def _agree(self) -> None:
+        """Takes over the chief's weights and masks, if there are several workers."""
+        if self._replicas is not None:
+            chiefs, trainee = self._replicas.chiefs, self._trainee
+            trainee.assign({name: chiefs(array) for name, array in trainee.values().items()})
+            trainee.masks = {name: chiefs(mask) for name, mask in trainee.masks.items()}
+
+    def _check_replicas(self, replicas: Replicas) -> None:
+        """Raises UsageError, on all workers, if one of them cannot work with the others."""
+        task = self._task
+        if self._batches.handed:
+            raise UsageError(
+                "states are handed from one sample to the next, which only one device can do",
+                "leave out --strategy",
+            )
+        if not replicas.same(bytes.fromhex(task.identity)):
+            raise UsageError(
+                "the workers were started with other options, models or data, or have found other"
+                " stages",
+                "give all the same; after a search, train by what it has found (--save-recipe)",
+            )
+        resumes = task.options.resume and task.checkpoint.exists()
+        saved = task.checkpoint.read_bytes() if resumes else b""
+        if not replicas.same(hashlib.sha256(saved).digest()):
+            raise UsageError(
+                f"not all workers find the same in {task.checkpoint}",
+                "to go on with --resume they need a folder that they share",
+            )
 
     # -- stability --------------------------------------------------------------------------------
 
@@ -447,7 +522,13 @@ class _Run:
                     self._hand_on(ends)
         self._states = before
         loss = float(np.sum(total / np.maximum(counts, 1)))
-        return metrics, drop(task.quality.dense, metrics), loss
+        lost = drop(task.quality.dense, metrics)
+        if self._replicas is not None:
+            figures = np.array([lost, loss, *[m.value for m in metrics]])
+            lost, loss, *measured = self._replicas.chiefs(figures).tolist()
+            pairs = zip(metrics, measured, strict=True)
+            metrics = tuple(dataclasses.replace(m, value=value) for m, value in pairs)
+        return metrics, lost, loss
 
     def _tell(self, loss: float, norm: float) -> None:
         """Tells how far training is."""
@@ -476,6 +557,8 @@ class _Run:
 
     def _save(self) -> None:
         """Writes a checkpoint."""
+        if self._replicas is not None and not self._replicas.chief:
+            return
         self._at.seconds = time.perf_counter() - self._begin
         groups: dict[str, Values] = {
             "weights": self._trainee.values(),

@@ -213,7 +213,7 @@ class _Step:
         valid: Value,
         seed: Value,
     ) -> tuple[Any, Any]:
-        prediction = tf.ensure_shape(outputs[target.output], target.shape)
+        prediction = target.laid_out(outputs[target.output])
         wanted = values.get(target.output)
         samples = tf.shape(valid)[0]
         counts = None
@@ -248,7 +248,7 @@ def _batches(
         if data.count > 1 and given in data.inputs and not data.inputs[given].any()
     }
     most = 1 if data.single or handed else MAX_SAMPLES
-    lengths = None if data.stacked else data.lengths
+    lengths = None if data.padded_steps is None else data.lengths
     cut = lengths is not None and _takes(runner, data, int(lengths.min()))
     last: dict[str, Array] = {}
     for number, (chosen, length) in enumerate(_groups(data, lengths, most, bool(handed))):

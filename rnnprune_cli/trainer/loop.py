@@ -35,7 +35,7 @@ LOWER = 0.3
 MAX_ROLLBACKS = 8
 DIVERGED = 5.0
 """Factor by which the smoothed loss may rise above its least, and above that at the start."""
-SMALL = 0.01
+SMALL = 0.1
 """Losses below (nats, or parts of an output's variance) are as good as none."""
 WORSE = 1.5
 """Factor by which the loss on validation data may be above that at the start of training."""
@@ -45,6 +45,8 @@ LEAST_UPDATES = 10
 """Updates after a disturbance before losses are compared."""
 
 Values = Mapping[str, Array]
+Graph = Callable[..., Any]
+"""A function of tensors that is traced."""
 
 
 class Optimizer:
@@ -53,9 +55,12 @@ class Optimizer:
     Args:
         trainee: What is trained.
         clip: Norm to which gradients are cut.
+        everywhere: Makes a graph one that does the same on all devices.
     """
 
-    def __init__(self, trainee: Trainee, clip: float) -> None:
+    def __init__(
+        self, trainee: Trainee, clip: float, everywhere: Callable[[Graph], Graph] = lambda g: g
+    ) -> None:
         import tf_keras
 
         self._variables = trainee.variables
@@ -68,7 +73,7 @@ class Optimizer:
             if name in trainee.masks
         }
         self.mask(trainee.masks)
-        self._apply = tf.function(self._graph, autograph=False)
+        self._apply = tf.function(everywhere(self._graph), autograph=False)
 
     def mask(self, masks: Mapping[str, BoolArray]) -> None:
         """Takes other masks; what moves weights towards where they must not be is forgotten."""
@@ -142,9 +147,7 @@ class Gradient:
             feed[name] = tf.TensorSpec([directions, None, size], tf.float32)
             feed[CARRIED] = tf.TensorSpec([], tf.bool)
         labels = {
-            t.target.output: tf.TensorSpec(
-                [None] * data.targets[t.target.key].ndim, data.targets[t.target.key].dtype
-            )
+            t.target.output: tf.TensorSpec(None, tf.int64 if t.target.classes else tf.float64)
             for t in objective.terms
             if t.target.key is not None
         }
@@ -158,10 +161,14 @@ class Gradient:
         counts = tf.TensorSpec([len(objective.terms)], tf.float32)
         signature = (feed, labels, given, tf.TensorSpec([None, None], tf.bool), counts)
         self._sums = self._function(self._terms, signature[:-1])
-        self._gradients = self._function(self._gradient, signature)
+        self._gradients = self._traced(signature)
+
+    def _traced(self, signature: tuple[Any, ...]) -> Graph:
+        """Returns the function that gives gradients."""
+        return self._function(self._gradient, signature)
 
     @staticmethod
-    def _function(graph: Callable[..., Any], signature: tuple[Any, ...]) -> Callable[..., Any]:
+    def _function(graph: Graph, signature: tuple[Any, ...]) -> Graph:
         """One function for all sizes; one for each if some operator must know them."""
         made = tf.function(graph, autograph=False)
         with contextlib.suppress(RnnpruneError):

@@ -24,8 +24,8 @@ def cross_entropy(
     """Negative log-likelihood of classes.
 
     Args:
-        prediction: ``[…, classes]``, or of the shape of ``labels`` for two classes.
-        labels: Integers ``[samples, …]``; below 0 for none.
+        prediction: ``[samples, …, classes]``.
+        labels: Integers, as many as there are predictions; below 0 for none.
         probabilities: Whether predictions are probabilities, rather than logits.
         valid: bool ``[samples, steps]``: which steps count; None for all.
         weights: ``[classes]``: what a label of each class counts; None for the same.
@@ -33,8 +33,7 @@ def cross_entropy(
     Returns:
         Mean over the labels, and their number.
     """
-    if prediction.shape.rank == labels.shape.rank:
-        prediction = tf.expand_dims(prediction, -1)
+    labels = tf.reshape(labels, tf.shape(prediction)[:-1])
     logs = _log_probabilities(prediction, probabilities)
     counts = labels >= 0
     if valid is not None:
@@ -104,6 +103,9 @@ def squared_error(
         Mean over all entries, and the number of samples or steps.
     """
     target = tf.reshape(tf.cast(target, prediction.dtype), tf.shape(prediction))
+    if valid is not None:  # what stands in padding may be no number, which gradients would become
+        beyond = tf.reshape(~valid, [*tf.unstack(tf.shape(valid)), *[1] * (target.shape.rank - 2)])
+        target = tf.where(beyond, tf.zeros_like(target), target)
     errors = tf.square(prediction - target)
     if valid is None:
         return tf.reduce_mean(errors), samples

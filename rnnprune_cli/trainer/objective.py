@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from rnnprune_cli.data import Dataset
-from rnnprune_cli.errors import UsageError, closest
+from rnnprune_cli.errors import RnnpruneError, UsageError, closest
+from rnnprune_cli.metrics import BATCH
 from rnnprune_cli.model import Array, FineTune, Runner
 from rnnprune_cli.trainer import losses
-from rnnprune_cli.trainer.batches import Batch
+from rnnprune_cli.trainer.batches import Batch, Batches
 from rnnprune_cli.trainer.call import Value, tf
-from rnnprune_cli.trainer.targets import Target, labelled, unlabelled
-
+from rnnprune_cli.trainer.targets import Target, labelled, unlabelled, variance_of
 
 MIXED = 0.5
 """Share of distillation where there are labels: labels alone overfit soon, as measured on the sample
@@ -70,14 +71,44 @@ class Objective:
         self.temperature = temperature
         self.taught = tuple(t.target.output for t in terms if t.taught)
 
+    def check(self, data: Dataset, what: str) -> None:
+        """Raises RnnpruneError if data lack labels that are looked at, or these do not fit.
+
+        Args:
+            data: The data set.
+            what: It is for: training or validation.
+        """
+        for target in (term.target for term in self.terms if term.target.key is not None):
+            name = f"target:{target.key}" if target.key else "labels"
+            labels = data.targets.get(target.key or "")
+            if labels is None:
+                raise RnnpruneError(
+                    f"the data for {what} hold no '{name}', but those for training do",
+                    "add them, or leave out --validation: a part of --train then validates",
+                )
+            if (labels.dtype.kind in "iub") != target.classes:
+                raise RnnpruneError(
+                    f"'{name}' of the data for {what} has type {labels.dtype}, another kind than"
+                    " that of the data for training",
+                    "save both as integers for classes, or both as real numbers",
+                )
+            classes = max(target.shape[-1] or 0, 2)
+            if target.classes and labels.size and int(labels.max()) >= classes:
+                raise RnnpruneError(
+                    f"label {labels.max()} is no class of a model with {classes} of them",
+                    "labels count from 0; give steps without one a label below 0",
+                )
+
     def counts(self, data: Dataset, batch: Batch) -> Array:
         """Returns the number of items of each term, float32."""
         return np.array([term.count(data, batch) for term in self.terms], np.float32)
 
     def labels(self, data: Dataset, batch: Batch) -> dict[str, Array]:
-        """Returns what the terms with labels compare with, by output."""
+        """Returns what the terms with labels compare with, by output; int64 and float64."""
         return {
-            t.output: batch.labels(data.targets[t.key], t.by_step)
+            t.output: batch.labels(data.targets[t.key], t.by_step).astype(
+                np.int64 if t.classes else np.float64
+            )
             for t in (term.target for term in self.terms)
             if t.key is not None
         }
@@ -119,7 +150,7 @@ class Objective:
         sums = []
         for term in self.terms:
             target = term.target
-            prediction = tf.ensure_shape(outputs[target.output], target.shape)
+            prediction = target.laid_out(outputs[target.output])
             counts = None
             if target.by_step:  # a batch that was cut to its length has fewer than its labels
                 steps = tf.shape(prediction)[1]
@@ -128,7 +159,7 @@ class Objective:
             if term.taught:
                 mean, number = losses.distilled(
                     prediction,
-                    tf.ensure_shape(teacher[target.output], target.shape),
+                    target.laid_out(teacher[target.output]),
                     target.classes,
                     target.probabilities,
                     self.temperature,
@@ -185,6 +216,8 @@ def objective(
     if share > 0:
         targets += [(target, share) for target in unlabelled(looked, original, states)]
     weights = _output_weights(options.output_weights, [t.output for t, _ in targets])
+    if looked.padded_steps is not None:
+        targets = _without_padding(looked, original, targets)
     terms = [
         Term(target, part * weights.get(target.output, 1.0), _balanced(data, target, options))
         for target, part in targets
@@ -196,6 +229,29 @@ def objective(
             "add labels to the data",
         )
     return Objective(terms, options.temperature)
+
+
+def _without_padding(
+    data: Dataset, original: Runner, targets: Sequence[tuple[Target, float]]
+) -> list[tuple[Target, float]]:
+    """Returns targets with the variance of outputs that no padding has reached, as in training."""
+    batches = Batches(data, BATCH, original, {})
+    names = [o.name for o in original.outputs]
+    sums = {target.output: np.zeros(3) for target, _ in targets}
+    places = {target.output: target for target, _ in targets}
+    for samples in batches.epoch(None):
+        for part in batches.parts(samples):
+            outputs = dict(zip(names, original.run(part.feed), strict=True))
+            for name, target in places.items():
+                values = outputs[name].swapaxes(0, 1) if target.steps_first else outputs[name]
+                if target.by_step:
+                    values = values[part.valid[:, : values.shape[1]]]
+                values = values.astype(np.float64)
+                sums[name] += values.size, values.sum(), np.square(values).sum()
+    return [
+        (dataclasses.replace(target, variance=variance_of(*sums[target.output])), share)
+        for target, share in targets
+    ]
 
 
 def _output_weights(texts: Sequence[str], outputs: Sequence[str]) -> dict[str, float]:
@@ -221,7 +277,7 @@ def _balanced(data: Dataset, target: Target, options: FineTune) -> Array | None:
     if not options.balance or target.key is None or not target.classes:
         return None
     labels = np.asarray(data.targets[target.key])
-    classes = target.shape[-1] or 2
+    classes = max(target.shape[-1] or 0, 2)
     counts = np.bincount(labels[labels >= 0].astype(np.int64).ravel(), minlength=classes)
     present = np.maximum(counts, 1)
     weights: Array = counts.sum() / (np.count_nonzero(counts) * present)

@@ -76,6 +76,14 @@ class Row:
     granularity: str
     sparsity: float
 
+    @property
+    def block(self) -> tuple[int, int] | None:
+        """Rows and columns of a kernel of Keras that go together; None for units."""
+        if self.granularity == "unit":
+            return None
+        rows, columns = self.granularity.removeprefix("block:").replace("weight", "1x1").split("x")
+        return int(columns), int(rows)
+
 
 BUDGETS = {
     "language": Budget(2, 1e-3),
@@ -227,9 +235,9 @@ def recurrent(layer: tf_keras.layers.Layer) -> bool:
     return isinstance(layer, tf_keras.layers.RNN | tf_keras.layers.Bidirectional)
 
 
-def prune_gradually(subject: Subject, sparsity: float, folder: Path) -> dict[str, Any]:
+def prune_gradually(subject: Subject, row: Row, folder: Path) -> dict[str, Any]:
     """Prunes the recurrent layers with the toolkit while they train on, and writes the result."""
-    task, budget = subject.task, subject.budget
+    task, budget, sparsity = subject.task, subject.budget, row.sparsity
     tf_keras.backend.clear_session()
     tf_keras.utils.set_random_seed(train.SEED)
     network = task.build(tf_keras, subject.data, task.units)
@@ -251,7 +259,7 @@ def prune_gradually(subject: Subject, sparsity: float, folder: Path) -> dict[str
                 for side in (copy.forward_layer, copy.backward_layer)
                 for weight in (side.cell.kernel, side.cell.recurrent_kernel)
             ]
-        return tfmot.sparsity.keras.prune_low_magnitude(copy, schedule)
+        return tfmot.sparsity.keras.prune_low_magnitude(copy, schedule, block_size=row.block)
 
     model = tf_keras.models.clone_model(network.model, clone_function=prunable)
     pairs = list(zip(network.model.layers, model.layers, strict=True))
@@ -273,7 +281,7 @@ def prune_gradually(subject: Subject, sparsity: float, folder: Path) -> dict[str
         if recurrent(layer):
             kernels = [weight.numpy() for weight in layer.weights if "kernel" in weight.name]
             zeros += [float((kernel == 0).mean()) for kernel in kernels]
-    if max(abs(share - sparsity) for share in zeros) > 0.01:
+    if max(abs(share - sparsity) for share in zeros) > 0.02:  # blocks may be cut off
         raise RuntimeError(f"the toolkit pruned {zeros}, not {sparsity}")
     task.export(network, folder, subject.data.metadata)
     return {"steps": steps, "sparsity": zeros}
@@ -293,7 +301,7 @@ def way(
 ) -> tuple[str, Callable[[], dict[str, Any]]] | None:
     """Returns how a cell comes about, in words and as a function; None if it has no meaning."""
     budget = subject.budget
-    trained = f"{budget.epochs} epochs, batch {subject.task.batch}"
+    trained = f"{budget.epochs} epochs, batch {subject.task.batch}, rate {subject.task.rate}"
     if column in PRUNED:
         arguments = prune_arguments(subject, row, column, folder)
         output = folder / f"{subject.name}.onnx"
@@ -303,9 +311,9 @@ def way(
             return {key: report[key] for key in ("finetune", "warnings") if key in report}
 
         return shlex.join(["rnnprune", *(part.rpartition("/")[2] for part in arguments)]), run
-    if column == GRADUAL and row.granularity == "weight":
-        said = f"tfmot: PolynomialDecay to {row.sparsity}, {trained}"
-        return said, lambda: prune_gradually(subject, row.sparsity, folder)
+    if column == GRADUAL and row.block is not None:
+        said = f"tfmot: {row.granularity}, PolynomialDecay to {row.sparsity} in {RAMP:.0%}"
+        return f"{said} of {trained}", lambda: prune_gradually(subject, row, folder)
     if column in (SMALL, SMALL_IN_FULL) and row.granularity == "unit":
         in_full, left = column == SMALL_IN_FULL, 1 - row.sparsity
         said = f"{left:.0%} of the units, {'trained as the original' if in_full else trained}"
