@@ -130,7 +130,7 @@ def _warned(applied: Applied, warning: str | None, log: FineTuned) -> Applied:
             f"training diverged {log.rollbacks} time{'s' if log.rollbacks > 1 else ''} and went on"
             " from the best weights at a lower rate: give a lower --lr"
         )
-    if log.stopped and log.stopped.startswith("interrupted"):
+    if log.interrupted:
         texts.append(f"training was {log.stopped}: go on with --resume")
     return dataclasses.replace(applied, warnings=(*applied.warnings, *texts))
 

@@ -576,6 +576,10 @@ class Epoch:
     seconds: float
 
 
+INTERRUPTED = "interrupted"
+"""What the reason begins with if the user ended training."""
+
+
 @dataclass(frozen=True)
 class FineTuned:
     """How a model was trained.
@@ -607,6 +611,11 @@ class FineTuned:
     rollbacks: int
     stopped: str | None
     seconds: float
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the user ended training, and can go on with it."""
+        return (self.stopped or "").startswith(INTERRUPTED)
 
 
 @dataclass(frozen=True)

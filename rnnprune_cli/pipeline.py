@@ -306,7 +306,7 @@ def _finished(
             finetune=log,
         )
         result.move()
-    if log is not None and not (log.stopped or "").startswith("interrupted"):
+    if log is not None and not log.interrupted:
         shutil.rmtree(state_folder(output), ignore_errors=True)
     return report
 

@@ -56,8 +56,8 @@ def network(
     letters = ("h", "c") if op == "LSTM" else ("h",)
     for letter in letters if states else ():
         shape = [directions, "batch", hidden]
-        g.inputs.append(helper.make_tensor_value_info(f"{letter}0", elem, shape))
-        given.append(f"{letter}0")
+        g.inputs.append(helper.make_tensor_value_info(f"state_{letter}", elem, shape))
+        given.append(f"state_{letter}")
     attributes: dict[str, object] = {"hidden_size": hidden, "direction": direction}
     if op == "GRU":
         attributes["linear_before_reset"] = reset

@@ -19,6 +19,7 @@ from rnnprune_cli.data import Dataset
 from rnnprune_cli.errors import UsageError
 from rnnprune_cli.metrics import Quality, drop
 from rnnprune_cli.model import (
+    INTERRUPTED,
     Array,
     BoolArray,
     Epoch,
@@ -226,7 +227,6 @@ class _Run:
         self._best_masks = self._anchor_masks = dict(self._trainee.masks)
         self._sparsity = 0.0 if task.changes is not None else self._trainee.sparsity
         self._begin = self._saved = time.perf_counter()
-        self._stopped: str | None = None
         self._logs = None
         if options.logdir is not None and (replicas is None or replicas.chief):
             self._logs = tf.summary.create_file_writer(str(options.logdir))
@@ -243,7 +243,7 @@ class _Run:
             self._restore()
             self._begin -= self._at.seconds
         self._watch = _Watch()
-        while self._at.epoch < task.options.epochs and self._stopped is None:
+        while self._at.epoch < task.options.epochs and self._at.stopped is None:
             self._epoch()
         at = self._at
         log = FineTuned(
@@ -257,7 +257,7 @@ class _Run:
             best=at.best,
             clipped=at.clipped,
             rollbacks=at.rollbacks,
-            stopped=self._stopped,
+            stopped=at.stopped,
             seconds=time.perf_counter() - self._begin,
         )
         trainee = self._trainee
@@ -281,10 +281,10 @@ class _Run:
             self._change_masks()
             self._update(samples)
             if self._interrupted_elsewhere or (self._replicas is None and self._interrupted()):
-                self._stopped = f"interrupted in epoch {at.epoch + 1}"
-            if self._stopped is not None or time.perf_counter() > self._saved + CHECKPOINT_SECONDS:
+                self._at.stopped = f"{INTERRUPTED} in epoch {at.epoch + 1}"
+            if self._at.stopped is not None or time.perf_counter() > self._saved + CHECKPOINT_SECONDS:
                 self._save()
-            if self._stopped is not None:
+            if self._at.stopped is not None:
                 return
         if at.epoch + 1 == task.options.epochs:
             self._change_masks()
@@ -313,7 +313,7 @@ class _Run:
         elif not np.isfinite(loss) or (final and loss > WORSE * self._fair_loss()):
             self._roll_back()
         elif final and at.epoch - max(at.best, self._unfinished()) >= task.options.patience:
-            self._stopped = f"no better model in {task.options.patience} epochs"
+            self._at.stopped = f"no better model in {task.options.patience} epochs"
 
     def _fair_loss(self) -> float:
         """Returns what losses on validation data are compared with, once masks are final.
@@ -500,7 +500,7 @@ class _Run:
         at.factor *= LOWER
         at.since, at.smooth, at.least = 0, None, float("inf")
         if at.rollbacks >= MAX_ROLLBACKS:
-            self._stopped = f"training diverged {at.rollbacks} times, at ever lower rates"
+            self._at.stopped = f"training diverged {at.rollbacks} times, at ever lower rates"
 
     # -- measuring and saving ---------------------------------------------------------------------
 
@@ -578,6 +578,8 @@ class _Run:
     def _restore(self) -> None:
         """Goes on where a checkpoint says."""
         self._at, groups = checkpoint.load(self._task.checkpoint, self._task.identity)
+        if (self._at.stopped or "").startswith(INTERRUPTED):
+            self._at.stopped = None
         self._trainee.assign(groups["weights"])
         self._trainee.masks = groups.get("masks", {})
         self._best, self._best_masks = groups["best"], groups.get("best_masks", {})

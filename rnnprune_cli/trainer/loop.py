@@ -271,6 +271,7 @@ class Progress:
         score: Its drop and its loss on the validation data.
         clipped: See :class:`FineTuned`.
         rollbacks: See :class:`FineTuned`.
+        stopped: See :class:`FineTuned`.
         epochs: What was measured.
     """
 
@@ -288,6 +289,7 @@ class Progress:
     score: tuple[float, float] = (float("inf"), float("inf"))
     clipped: int = 0
     rollbacks: int = 0
+    stopped: str | None = None
     epochs: list[Epoch] = field(default_factory=list)
 
 
