@@ -28,6 +28,7 @@ from rnnprune_cli.errors import RnnpruneError, UsageError, closest
 from rnnprune_cli.methods import method as find_method
 from rnnprune_cli.metrics import LABEL_FREE, Quality, parse_metrics
 from rnnprune_cli.model import (
+    BoolArray,
     Claim,
     Feed,
     Gradients,
@@ -269,15 +270,23 @@ class Applier:
             done = self.add(done, stage)
         return done
 
-    def add(self, done: Applied, stage: Stage) -> Applied:
-        """Applies one more stage."""
+    def add(
+        self, done: Applied, stage: Stage, first: Mapping[str, BoolArray] | None = None
+    ) -> Applied:
+        """Applies one more stage.
+
+        Args:
+            done: The model, as far as it is pruned.
+            stage: The stage.
+            first: Layer → units ``[directions, hidden]`` that go before all others.
+        """
         names = [layer.name for layer in done.model.layers]
         names += [layer.name for layer in included(done.model, stage)]
         for name in stage.shares:
             if name not in names:
                 raise UsageError(f"there is no layer '{name}'", closest(name, names))
         if stage.granularity in STRUCTURES:
-            return self._cut(done, stage)
+            return self._cut(done, stage, first or {})
         return self._weights(done, stage)
 
     def _number(self, model: LoadedModel) -> int:
@@ -286,7 +295,7 @@ class Applier:
             self._models.append(model)
         return next(k for k, known in enumerate(self._models) if known is model)
 
-    def _cut(self, done: Applied, stage: Stage) -> Applied:
+    def _cut(self, done: Applied, stage: Stage, first: Mapping[str, BoolArray]) -> Applied:
         """Removes units or layers; the new model lives as long as the stack."""
         from rnnprune_cli.onnx_model import OnnxModel
         from rnnprune_cli.shrink.layers import remove_layers
@@ -307,6 +316,7 @@ class Applier:
             self._options.seed,
             self._options.threads,
             self._progress,
+            first,
         )
         if stage.granularity == "layer":
             shrunk = remove_layers(task)

@@ -224,7 +224,7 @@ def prune(
     distill: Annotated[
         float | None,
         typer.Option(
-            help="Share of the loss that holds outputs against the original's [default: 0.5"
+            help="Share of the loss that holds outputs against the original's [default: 0.9"
             " with labels, else 1].",
             show_default=False,
         ),

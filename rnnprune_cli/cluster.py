@@ -48,7 +48,8 @@ class Worker:
             own = socket.create_server(("", port))
         except OSError as error:
             raise UsageError(
-                f"TF_CONFIG gives this worker port {port}, which cannot be used: {error.strerror}",
+                f"TF_CONFIG gives this worker port {port}, which cannot be used:"
+                f" {os.strerror(error.errno or 0)}",
                 "give another one, in TF_CONFIG of all workers",
             ) from error
         end = time.monotonic() + WAIT

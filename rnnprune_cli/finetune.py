@@ -240,7 +240,7 @@ def _faded(job: Job) -> tuple[Result, FineTuned, Applied]:
     if faded.model is None or faded.log.stopped or epochs == first:
         return faded, dataclasses.replace(faded.log, best=0), job.one_shot
     job.progress("cutting the units that faded away")
-    done = job.applier().add(dataclasses.replace(job.before, model=faded.model), job.stage)
+    done = job.applier().add(dataclasses.replace(job.before, model=faded.model), job.stage, gone)
     result = _trained(job, "weights", done, epochs - first)
     before, log = faded.log, result.log
     log = dataclasses.replace(
@@ -279,7 +279,7 @@ def _files(path: Path) -> Sequence[Path]:
 def check_state(output: Path, finetune: FineTune, force: bool) -> None:
     """Raises UsageError if there is a state of an earlier run that nobody asked for."""
     folder = state_folder(output)
-    if folder.exists() and not finetune.resume and not force:
+    if folder.exists() and any(folder.iterdir()) and not finetune.resume and not force:
         raise UsageError(
             f"{folder} holds a run that was interrupted",
             "go on with --resume, or start again with --force",

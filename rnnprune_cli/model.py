@@ -516,7 +516,7 @@ class FineTune:
         train: What to train on; None for the calibration data, or else the data.
         validation: What decides which weights are kept; None for a part of the training data.
         distill: Share of the loss that holds outputs against the original's, 0 to 1; None: all of
-            it without labels, half of it with them.
+            it without labels, nine tenths with them.
         temperature: Of distillation.
         lr: Learning rate after the warm-up.
         batch: Samples of an update.

@@ -332,7 +332,11 @@ def _finetuned(
         Path(scratch),
         session.progress,
     )
-    return finetuned(job)
+    try:
+        return finetuned(job)
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # unless there is something in it to resume
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,9 @@ MODES: dict[str, dict[str, Any]] = {
     "one-shot": {},
     "polynomial": {"schedule": "polynomial"},
     "fading": {"schedule": "polynomial", "granularity": "unit"},
-    "states": {},
+    "states": {"noise": 0.1},
     "diverging": {"lr": 1.0, "clip": 1e6},
-    "patient": {"lr": 10.0, "patience": 1, "epochs": 9, "sparsity": 0.1},
+    "patient": {"lr": 0.03, "epochs": 3, "patience": 1},
 }
 AFTER = "comparing the models' outputs"
 """What is said when training is over, and the model is written, but not yet in its place."""
@@ -166,3 +167,133 @@ def test_an_interrupt_keeps_the_best_and_the_state(tmp_path, mode):
     assert {"killed.onnx", "killed.onnx.training"} <= set(left)
     assert (tmp_path / "killed.onnx").read_bytes() == (tmp_path / "whole.onnx").read_bytes()
     assert not (tmp_path / "killed.onnx.training").exists()
+
+
+class Enough(Exception):
+    """Ends a run like a crash."""
+
+
+def crashed(folder: Path, epoch: int = 2, **more: Any) -> Path:
+    """Lets a run end in the middle; returns its checkpoint."""
+
+    def told(step: str) -> None:
+        if step.startswith(f"epoch {epoch}: measuring"):
+            raise Enough
+
+    with pytest.raises(Enough):
+        tune(folder, network(), TRAIN, validation=HELD, epochs=3, batch=8, told=told, **more)
+    return folder / "out.onnx.training" / "weights.npz"
+
+
+def test_a_state_is_not_ignored_by_accident(tmp_path):
+    checkpoint = crashed(tmp_path)
+    before = checkpoint.read_bytes()
+    same = {"validation": HELD, "epochs": 3, "batch": 8}
+    with pytest.raises(UsageError, match="holds a run that was interrupted") as caught:
+        tune(tmp_path, network(), TRAIN, **same)
+    assert "--resume" in caught.value.hint and "--force" in caught.value.hint
+    assert checkpoint.read_bytes() == before
+    tune(tmp_path, network(), TRAIN, force=True, **same)
+    assert not checkpoint.parent.exists()
+
+
+OTHERS = {
+    "rate": {"lr": 0.002},
+    "epochs": {"epochs": 4},
+    "batch": {"batch": 4},
+    "seed": {"seed": 1},
+    "sparsity": {"sparsity": 0.6},
+    "method": {"method": "random"},
+    "schedule": {"schedule": "constant"},
+    "data": {"train": {"x": inputs(20, seed=77)}},
+    "labels": {"train": TRAIN | {"labels": np.zeros((20, 6), int)}, "validation": HELD | {"labels": np.zeros((9, 6), int)}},
+    "validation": {"validation": {"x": inputs(9, seed=78)}},
+    "frozen": {"freeze": ("rnn",)},
+    "model": {"model": network(seed=3)},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_state_of_another_run_is_refused(tmp_path, name):
+    checkpoint = crashed(tmp_path)
+    given: dict[str, Any] = {
+        "model": network(), "train": TRAIN, "validation": HELD, "epochs": 3, "batch": 8
+    }  # fmt: skip
+    with pytest.raises(RnnpruneError, match="other options, another model or other data") as caught:
+        tune(tmp_path, **{**given, **OTHERS[name]}, resume=True)
+    assert str(checkpoint) in caught.value.message
+    assert "--resume" in caught.value.hint and "--force" in caught.value.hint
+    assert checkpoint.exists() and not (tmp_path / "out.onnx").exists()
+
+
+@pytest.mark.parametrize("how", ["short", "empty", "text", "one byte", "no arrays"])
+def test_a_damaged_state_is_refused(tmp_path, how):
+    checkpoint = crashed(tmp_path)
+    whole = checkpoint.read_bytes()
+    middle = len(whole) // 2
+    damaged = {
+        "short": whole[:middle],
+        "empty": b"",
+        "text": b"no archive",
+        "one byte": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
+    }
+    if how == "no arrays":
+        with zipfile.ZipFile(checkpoint) as archive:
+            text = archive.read("json")
+        with zipfile.ZipFile(checkpoint, "w") as archive:
+            archive.writestr("json", text)
+    else:
+        checkpoint.write_bytes(damaged[how])
+    with pytest.raises(RnnpruneError, match="cannot be read") as caught:
+        tune(
+            tmp_path, network(), TRAIN, validation=HELD, epochs=3, batch=8, resume=True
+        )  # fmt: skip
+    assert "--force" in caught.value.hint
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_what_does_not_matter_may_change_when_a_run_goes_on(tmp_path):
+    report = tune(tmp_path, network(), TRAIN, name="whole", validation=HELD, epochs=3, batch=8)
+    crashed(tmp_path)
+    again = tune(
+        tmp_path, network(), TRAIN, validation=HELD, epochs=3, batch=8, resume=True,
+        logdir=tmp_path / "logs",
+    )  # fmt: skip
+    assert (tmp_path / "out.onnx").read_bytes() == (tmp_path / "whole.onnx").read_bytes()
+    assert any((tmp_path / "logs").iterdir())  # what is in there: see test_finetune
+    for one, two in zip(report.finetune.epochs, again.finetune.epochs, strict=True):
+        assert (one.loss, one.validation_loss, one.drop) == (two.loss, two.validation_loss, two.drop)
+
+
+def test_nothing_to_resume_is_a_new_run(tmp_path):
+    same = {"validation": HELD, "epochs": 2, "batch": 8}
+    tune(tmp_path, network(), TRAIN, name="whole", **same)
+    tune(tmp_path, network(), TRAIN, resume=True, **same)
+    assert (tmp_path / "out.onnx").read_bytes() == (tmp_path / "whole.onnx").read_bytes()
+
+
+def test_control_c_writes_the_best_so_far_and_exits_with_zero(tmp_path):
+    model, out = tmp_path / "model.onnx", tmp_path / "out.onnx"
+    model.write_bytes(network().SerializeToString())
+    for name, arrays in (("train", TRAIN), ("held", HELD)):
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+    command = [
+        *RNNPRUNE, "prune", model, "-s", "0.5", "--finetune", "100000", "--patience", "100000",
+        "--train", tmp_path / "train.npz", "--validation", tmp_path / "held.npz", "-o", out,
+        "--verbose", "--format", "json",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stderr:
+        if "epoch 3" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    document = json.loads(output)
+    log = document["finetune"]
+    assert log["stopped"].startswith("interrupted in epoch ")
+    assert any("go on with --resume" in warning for warning in document["warnings"])
+    assert 2 <= len(log["epochs"]) < 100000 and log["best"] <= len(log["epochs"])
+    assert run(out, HELD) and (tmp_path / "out.onnx.training" / "weights.npz").exists()

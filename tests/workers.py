@@ -45,12 +45,11 @@ def cases() -> dict[str, dict[str, Any]]:
     gru, told = network("GRU", reset=1), network(lengths=True)
     steps_first = recurrent_model(hidden=8, inputs=INPUTS)
     return {
-        "plain": {"model": network(), "train": x, "validation": x},
         "units": {"model": network(), "train": x, "granularity": "unit", "schedule": "polynomial"},
         "masks": {"model": gru, "train": x, "schedule": "polynomial", "epochs": 4},
         "classes": {"model": network(last=True), "train": classes(COUNT), "epochs": 3},
         "by length": {"model": gru, "train": padded(COUNT), "batch": 5},
-        "cut": {"model": told, "train": padded(COUNT), "bptt": 4},
+        "cut": {"model": told, "train": padded(COUNT), "bptt": 4, "noise": 0.1},
         "one by one": {"model": steps_first, "train": {"x": inputs(COUNT)[:, :, None]}},
         "double": {"model": network(dtype=np.float64), "train": {"x": inputs(COUNT).astype(float)}},
         "diverging": {"model": network(), "train": x, "lr": 30.0, "epochs": 4},

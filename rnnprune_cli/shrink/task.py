@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +77,7 @@ class Task:
         seed: Seed of random scores.
         threads: Threads to run with.
         progress: Called with a short text at the beginning of each step.
+        first: Layer → units ``[directions, hidden]`` that go before all others.
     """
 
     model: OnnxModel
@@ -89,6 +90,7 @@ class Task:
     seed: int
     threads: int
     progress: Callable[[str], None]
+    first: Mapping[str, BoolArray] = field(default_factory=dict)
 
     def coupled(self) -> Coupling:
         """Reads the model again and finds out what goes together."""

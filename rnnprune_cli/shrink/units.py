@@ -109,9 +109,13 @@ def remove_units(task: Task, known: Units | None = None) -> Shrunk:
     units = known or look_at_units(task)
     coupling, found = units.coupling, units.found
     root = coupling.classes.of(np.arange(len(coupling.classes)))
-    chosen = choose(
-        coupling, units.scores[root], task.names, stage.sparsity, stage.scope, stage.shares
-    )
+    scores = units.scores[root]
+    if task.first:
+        scores = np.maximum(scores, np.finfo(np.float64).tiny)
+        for layer in coupling.layers:
+            if layer.name in task.first:
+                scores[np.isin(root, root[layer.labels[task.first[layer.name]]])] = 0
+    chosen = choose(coupling, scores, task.names, stage.sparsity, stage.scope, stage.shares)
     removed = chosen.removed
     if not removed.any() and (stage.sparsity > 0 or any(stage.shares.values())):
         raise nothing_removed(model, chosen.blocked, stage)

@@ -169,8 +169,11 @@ class Batches:
 def _deviations(data: Dataset, noise: float) -> dict[str, Array]:
     """Returns input → how much noise each of its features gets; states get none."""
     some = thinned(data, LOOKED_AT)
-    return {
-        name: noise * np.std(array, axis=tuple(range(array.ndim - 1)), dtype=np.float32)
-        for name, array in some.inputs.items()
-        if name in data.per_sample and array.dtype.kind == "f" and name not in data.blank
-    }
+    valid = some.valid(0, some.count)
+    found = {}
+    for name, array in some.inputs.items():
+        if name in data.per_sample and array.dtype.kind == "f" and name not in data.blank:
+            if valid is not None and array.shape[:2] == valid.shape:
+                array = array[valid]
+            found[name] = noise * np.std(array, tuple(range(array.ndim - 1)), dtype=np.float32)
+    return found

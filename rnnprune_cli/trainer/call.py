@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from rnnprune_cli.model import Array
+from rnnprune_cli.model import Array, Runner
 from rnnprune_cli.tensorflow.runtime import import_tensorflow
 
 tf = import_tensorflow()
@@ -51,6 +51,17 @@ class Call:
     def dtype(self, code: int) -> np.dtype[Any]:
         """Returns the type in which values of an ONNX type are held."""
         return self.real(ir.DataType(code).numpy())
+
+
+def signature_of(runner: Runner) -> dict[str, Any]:
+    """Returns the inputs of a model by name, as TensorFlow describes them."""
+    return {
+        spec.name: tf.TensorSpec(
+            None if spec.shape is None else [d if isinstance(d, int) else None for d in spec.shape],
+            spec.dtype,
+        )
+        for spec in runner.inputs
+    }
 
 
 Operator = Callable[..., Any]

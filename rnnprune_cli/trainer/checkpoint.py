@@ -17,6 +17,7 @@ from rnnprune_cli.model import Array, Epoch, MetricValue
 from rnnprune_cli.trainer.loop import Progress
 
 _TEXT = "json"
+_NEEDED = ("weights", "best", "anchor", "optimizer", "run")
 
 
 def save(
@@ -75,6 +76,8 @@ def load(path: Path, identity: str) -> tuple[Progress, dict[str, dict[str, Array
                     with archive.open(name) as member:
                         array = np.lib.format.read_array(member, allow_pickle=False)
                     groups.setdefault(group, {})[own] = array
+        for name in _NEEDED:
+            groups[name]
         return _progress(document["progress"]), groups
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, EOFError) as error:
         raise RnnpruneError(

@@ -205,9 +205,7 @@ class _Run:
         self._trainee = Trainee(task.model, task.pruned, options.freeze, names, carry)
         runner = task.model.open(task.threads)
         self._prepare = runner.prepared
-        self._batches = Batches(
-            task.train, options.batch, runner, task.states, options.noise
-        )
+        self._batches = Batches(task.train, options.batch, runner, task.states, options.noise)
         self._held = Batches(task.validation, options.batch, runner, task.states)
         given = self._trainee, task.objective, self._batches, runner
         if replicas is None:
@@ -282,9 +280,10 @@ class _Run:
             self._update(samples)
             if self._interrupted_elsewhere or (self._replicas is None and self._interrupted()):
                 self._at.stopped = f"{INTERRUPTED} in epoch {at.epoch + 1}"
-            if self._at.stopped is not None or time.perf_counter() > self._saved + CHECKPOINT_SECONDS:
+            late = time.perf_counter() > self._saved + CHECKPOINT_SECONDS
+            if at.stopped is not None or late:
                 self._save()
-            if self._at.stopped is not None:
+            if at.stopped is not None:
                 return
         if at.epoch + 1 == task.options.epochs:
             self._change_masks()
@@ -552,8 +551,11 @@ class _Run:
         """Writes figures for TensorBoard."""
         if self._logs is not None:
             with self._logs.as_default(step=self._at.done):
+                # tf.summary.scalar does the same, but not without TensorBoard.
+                kind = tf.compat.v1.SummaryMetadata
+                scalar = kind(plugin_data=kind.PluginData(plugin_name="scalars"), data_class=1)
                 for name, figure in figures.items():
-                    tf.summary.scalar(name, figure)
+                    tf.summary.write(name, tf.constant(figure, tf.float32), metadata=scalar)
 
     def _save(self) -> None:
         """Writes a checkpoint."""

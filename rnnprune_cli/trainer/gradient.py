@@ -29,7 +29,7 @@ from rnnprune_cli.model import Array, Gradients, Runner, Weight
 from rnnprune_cli.onnx_model import OnnxModel
 from rnnprune_cli.tensorflow.runtime import first_line
 from rnnprune_cli.trainer import losses
-from rnnprune_cli.trainer.call import Value, tf
+from rnnprune_cli.trainer.call import Value, signature_of, tf
 from rnnprune_cli.trainer.graph import GraphModule, Site
 from rnnprune_cli.trainer.targets import Target, labelled, unlabelled
 
@@ -132,15 +132,7 @@ class _Step:
         runner: Runner,
     ) -> None:
         self._module, self._variables, self._targets = module, variables, targets
-        feed = {
-            spec.name: tf.TensorSpec(
-                None
-                if spec.shape is None
-                else [d if isinstance(d, int) else None for d in spec.shape],
-                spec.dtype,
-            )
-            for spec in runner.inputs
-        }
+        feed = signature_of(runner)
         values = {
             t.output: tf.TensorSpec([None] * data.targets[t.key].ndim, data.targets[t.key].dtype)
             for t in targets

@@ -22,7 +22,7 @@ from rnnprune_cli.errors import RnnpruneError
 from rnnprune_cli.model import Array, BoolArray, Epoch, Runner
 from rnnprune_cli.tensorflow.runtime import first_line
 from rnnprune_cli.trainer.batches import Batch, Batches
-from rnnprune_cli.trainer.call import Value, tf
+from rnnprune_cli.trainer.call import Value, signature_of, tf
 from rnnprune_cli.trainer.graph import CARRIED
 from rnnprune_cli.trainer.objective import Objective
 from rnnprune_cli.trainer.trainee import Trainee
@@ -133,16 +133,7 @@ class Gradient:
         self._objective = objective
         carried = trainee.module.carried
         self._handed = batches.handed or {name: name for name in carried}
-        data = batches.data
-        feed = {
-            spec.name: tf.TensorSpec(
-                None
-                if spec.shape is None
-                else [d if isinstance(d, int) else None for d in spec.shape],
-                spec.dtype,
-            )
-            for spec in runner.inputs
-        }
+        feed = signature_of(runner)
         for name, (directions, size) in carried.items():
             feed[name] = tf.TensorSpec([directions, None, size], tf.float32)
             feed[CARRIED] = tf.TensorSpec([], tf.bool)
