@@ -92,7 +92,11 @@ def test_every_precision_is_trained_and_stays_what_it_is(tmp_path, op, granulari
     assert report.finetune.best > 0 and report.finetune.rollbacks == 0
     before = recurrent(model)[0]
     after = recurrent(tmp_path / "out.onnx")[0]
-    assert all(values.dtype == dtype for values in stored(tmp_path / "out.onnx").values() if values.dtype.kind == "f")
+    assert all(
+        values.dtype == dtype
+        for values in stored(tmp_path / "out.onnx").values()
+        if values.dtype.kind == "f"
+    )
     if granularity == "weight":
         assert np.mean(np.concatenate([after["W"], after["R"]], axis=2) == 0) == 0.5
         assert not np.array_equal(after["R"][after["R"] != 0], before["R"][after["R"] != 0])
@@ -152,7 +156,16 @@ def test_weights_are_trained_wherever_they_are(tmp_path, name):
         one = {k.removeprefix("input:"): given[k] for k in given if k.startswith("input:")}
     rng = np.random.default_rng(0)
     data = {
-        k: v if not v.ndim else np.stack([v + rng.standard_normal(v.shape).astype(v.dtype) * (v.dtype.kind == "f" and v.ndim > 1) for _ in range(8)])
+        k: v
+        if not v.ndim
+        else np.stack(
+            [
+                v
+                + rng.standard_normal(v.shape).astype(v.dtype)
+                * (v.dtype.kind == "f" and v.ndim > 1)
+                for _ in range(8)
+            ]
+        )
         for k, v in one.items()
     }
     report = tune(
@@ -330,7 +343,11 @@ def test_values_that_make_no_sense_are_refused(monkeypatch, capsys, files, name)
     words, message, hint = BAD[name]
     train = files / "plain.npz"
     np.savez(train, x=inputs())
-    data = [] if name == "no data" else ["--train", train if name in UNLABELLED else files / "train.npz"]
+    data = (
+        []
+        if name == "no data"
+        else ["--train", train if name in UNLABELLED else files / "train.npz"]
+    )
     code, said = ended(
         monkeypatch, capsys, "prune", files / "model.onnx", "-s", 0.5, "--finetune", 1, *data,
         *words,

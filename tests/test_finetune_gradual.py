@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from conftest import run
 from test_methods_tfmot import HIDDEN as TOOLKIT_HIDDEN
 from test_methods_tfmot import INPUTS as TOOLKIT_INPUTS
 from test_methods_tfmot import pruned
-from tuning import HIDDEN, STILL, inputs, network, recurrent, tune
+from tuning import HIDDEN, inputs, network, recurrent, tune
 
 from rnnprune_cli.apply import Applied, Applier
 from rnnprune_cli.errors import UsageError
@@ -113,7 +113,7 @@ def test_exact_sparsity_is_reached_during_training(tmp_path, changes, granularit
         found = [c.sparsity for c in during]
         assert found == sorted(found) and len(found) >= 3
         assert all(min(abs(f - s) for s in steps) < 1e-6 for f in found)
-    for one, two in zip(during, during[1:], strict=False):
+    for one, two in itertools.pairwise(during):
         for name, mask in two.masks.items():
             if name in one.masks:
                 assert not (mask & ~one.masks[name]).any()  # what is gone does not come back

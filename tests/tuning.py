@@ -134,9 +134,7 @@ def tune(
         threads=threads,
         force=force,
         latency_seconds=0.0,
-        finetune=FineTune(
-            train=places["train"], validation=places.get("validation"), **finetune
-        ),
+        finetune=FineTune(train=places["train"], validation=places.get("validation"), **finetune),
     )
     return prune(options, {}, told)
 
