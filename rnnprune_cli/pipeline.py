@@ -1032,6 +1032,11 @@ def _advice(run: _Run, gzip_estimated: bool) -> Iterator[str]:
             "outputs and metric are measured on the data that the choice or the repair was worked"
             " out on, which flatters them: give other data with --calibration"
         )
+    if run.options.finetune.epochs and run.data is run.inputs.training[1]:
+        yield (
+            "outputs and metric are measured on the samples that decided which weights are kept,"
+            " which flatters them: train on other data than --data, with --train"
+        )
     if any(target.name == DROP for target in run.options.targets):
         yield (
             "the sparsity was searched for on the data that the metric is measured on, which"

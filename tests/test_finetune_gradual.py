@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import pytest
 from conftest import run
+from test_finetune_data import stream
 from test_methods_tfmot import HIDDEN as TOOLKIT_HIDDEN
 from test_methods_tfmot import INPUTS as TOOLKIT_INPUTS
 from test_methods_tfmot import pruned
@@ -23,7 +24,9 @@ from tuning import HIDDEN, inputs, network, recurrent, tune
 from rnnprune_cli.apply import Applied, Applier
 from rnnprune_cli.errors import UsageError
 from rnnprune_cli.gate_order import keras_to_onnx
-from rnnprune_cli.model import GATES, Array, BoolArray, Stage
+from rnnprune_cli.model import GATES, Array, BoolArray, ExportOptions, FineTune, Stage
+from rnnprune_cli.options import PruneOptions, complete_stage
+from rnnprune_cli.pipeline import prune
 from rnnprune_cli.trainer.schedule import SCHEDULES
 
 if importlib.util.find_spec("tensorflow_model_optimization") is None:
@@ -319,3 +322,43 @@ def test_schedules_that_make_no_sense_are_refused(tmp_path, name):
         tune(tmp_path, model, X, epochs=1, **given)
     assert caught.value.hint
     assert not (tmp_path / "out.onnx").exists()
+
+
+@pytest.mark.parametrize("schedule", ["one-shot", "polynomial", "constant"])
+def test_weights_go_gradually_after_units_have_gone(tmp_path, schedule):
+    (tmp_path / "model.onnx").write_bytes(network().SerializeToString())
+    np.savez(tmp_path / "train.npz", **X)
+    stages = [("unit", 0.5), ("weight", 0.75)]
+    options = PruneOptions(
+        model=tmp_path / "model.onnx",
+        output=tmp_path / "out.onnx",
+        stages=tuple(complete_stage("magnitude", kind, None, share) for kind, share in stages),
+        export=ExportOptions("dense"),
+        latency_seconds=0.0,
+        finetune=FineTune(
+            epochs=3,
+            train=tmp_path / "train.npz",
+            validation=tmp_path / "train.npz",
+            batch=8,
+            lr=0.01,
+            schedule=schedule,
+        ),
+    )
+    report = prune(options, {}, lambda step: None)
+    assert report.finetune.best > 0
+    (layer,) = recurrent(tmp_path / "out.onnx")
+    assert layer["R"].shape[2] == HIDDEN // 2
+    assert np.mean(np.concatenate([layer["W"], layer["R"]], axis=2) == 0) == 0.75
+
+
+@pytest.mark.parametrize("resize_state", [False, True])
+def test_units_of_streaming_models_fade_away(tmp_path, cuts, resize_state):
+    train = stream(20)
+    report = tune(
+        tmp_path, network(states=True), train, granularity="unit", resize_state=resize_state,
+        schedule="polynomial", validation=train, epochs=4, batch=5, lr=0.01,
+    )  # fmt: skip
+    one_shot, faded = cuts
+    assert faded.kept == one_shot.kept
+    assert all(claim.passed for claim in report.verification)
+    assert bool(report.states) == resize_state

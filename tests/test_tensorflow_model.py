@@ -414,7 +414,7 @@ def test_old_control_flow_is_skipped_with_a_reason(tmp_path: Path) -> None:
     try:
         with v1.Graph().as_default(), v1.Session() as session:
             x = v1.placeholder(tf.float32, [2, 5])
-            r = v1.get_variable("r", [5, 5])
+            r = v1.get_variable("r", [5, 5], initializer=v1.ones_initializer())
             _, h = v1.while_loop(
                 lambda t, h: t < 4, lambda t, h: (t + 1, tf.tanh(h @ r)), [tf.constant(0), x]
             )
@@ -1188,7 +1188,8 @@ def test_initialiser_of_tensorflow_1_is_searched(op: str, tmp_path: Path) -> Non
     v1, target = tf.compat.v1, str(tmp_path / "written")
     with tf.Graph().as_default(), v1.Session() as session:
         x = v1.placeholder(tf.float32, [2], name="x")
-        y = x + v1.get_variable("v", [2], use_resource=True)
+        start = v1.ones_initializer()  # training elsewhere may have forbidden random ones
+        y = x + v1.get_variable("v", [2], initializer=start, use_resource=True)
         session.run(v1.global_variables_initializer())
         main = tf.no_op()
         if op == "WriteFile":

@@ -33,7 +33,7 @@ def cross_entropy(
     Returns:
         Mean over the labels, and their number.
     """
-    labels = tf.reshape(labels, tf.shape(prediction)[:-1])
+    labels = tf.reshape(tf.cast(labels, tf.int64), tf.shape(prediction)[:-1])
     logs = _log_probabilities(prediction, probabilities)
     counts = labels >= 0
     if valid is not None:
