@@ -42,6 +42,10 @@ class UsageError(RnnpruneError):
         super().__init__(message, hint, ExitCode.USAGE)
 
 
+class NothingRemovedError(RnnpruneError):
+    """What was asked for rounds to nothing; more of it might not."""
+
+
 class HelpedError(RnnpruneError):
     """Not a failure: this process has done its part, and another one writes the result."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Sequence
@@ -15,7 +16,9 @@ import numpy as np
 from rnnprune_cli.apply import Applied, Applier, Inputs
 from rnnprune_cli.cluster import helps
 from rnnprune_cli.data import thinned, with_lengths
-from rnnprune_cli.errors import HelpedError, RnnpruneError, UsageError
+from rnnprune_cli.errors import HelpedError, NothingRemovedError, UsageError
+from rnnprune_cli.load import model_files
+from rnnprune_cli.measure import sha256
 from rnnprune_cli.metrics import drop
 from rnnprune_cli.model import BoolArray, FineTune, FineTuned, Pruned, Stage
 from rnnprune_cli.onnx_model import OnnxModel
@@ -25,8 +28,6 @@ from rnnprune_cli.sensitivity import measurable, runner_of
 if TYPE_CHECKING:
     from rnnprune_cli.trainer.finetune import Changes, Result
 
-LOOKED_AT = 256
-"""Training samples that the original is run on to see what its outputs are."""
 FADING = 0.5
 """Share of the epochs in which units fade away before they are cut."""
 
@@ -56,6 +57,17 @@ class Job:
     folder: Path
     scratch: Path
     progress: Callable[[str], None]
+
+    @functools.cached_property
+    def files(self) -> tuple[str, ...]:
+        """Digests of the files of the model and the data."""
+        own = self.options
+        data = (own.finetune.train, own.finetune.validation, own.calibration, own.data)
+        self.progress("reading the data for a digest")
+        return (
+            sha256(model_files(own.model)),
+            *("" if path is None else sha256(_files(path)) for path in data),
+        )
 
 
 def state_folder(output: Path) -> Path:
@@ -154,6 +166,7 @@ def _trained(
         fading: Layer → units that fade away.
     """
     from rnnprune_cli.hessians import handed_states
+    from rnnprune_cli.trainer.batches import LOOKED_AT
     from rnnprune_cli.trainer.finetune import Task, finetune
     from rnnprune_cli.trainer.objective import objective
 
@@ -213,10 +226,8 @@ def _changes(job: Job) -> Changes:
         now = dataclasses.replace(stage, sparsity=stage.sparsity * part, shares=shares)
         try:
             return job.applier().add(Applied(model, masks), now if part < 1 else stage).pruned
-        except RnnpruneError as error:
-            if "not a single" not in error.message:
-                raise
-            return masks  # so little more that it rounds to nothing
+        except NothingRemovedError:
+            return masks
 
     names = frozenset(job.one_shot.pruned)
     return Changes(names, SCHEDULES[job.options.finetune.schedule](final), final, prune)
@@ -261,15 +272,8 @@ def _identity(job: Job, name: str) -> str:
     same = dataclasses.replace(
         options.finetune, resume=False, logdir=None, strategy="", train=None, validation=None
     )
-    digest = hashlib.sha256(repr((name, same, options.stages, options.seed)).encode())
-    digest.update(repr((options.metric, options.targets)).encode())
-    paths = [options.model, options.finetune.train, options.finetune.validation]
-    for path in (*paths, options.calibration, options.data):
-        for file in [] if path is None else _files(path):
-            digest.update(str(file.stat().st_size).encode())
-            with file.open("rb") as opened:
-                digest.update(opened.read(1 << 20))
-    return digest.hexdigest()
+    told = (name, same, options.stages, options.seed, options.metric, options.targets, job.files)
+    return hashlib.sha256(repr(told).encode()).hexdigest()
 
 
 def _files(path: Path) -> Sequence[Path]:

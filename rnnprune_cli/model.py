@@ -588,6 +588,7 @@ class FineTuned:
         loss: What was minimized, in words.
         schedule: As in :class:`FineTune`.
         samples: Trained on, and validated on.
+        parameters: Of the model: how many were trained, and how many it has.
         steps: Updates that were made.
         start: Metrics of the pruned model before, on the validation data.
         drop: What they were worse than the original's.
@@ -602,6 +603,7 @@ class FineTuned:
     loss: str
     schedule: str
     samples: tuple[int, int]
+    parameters: tuple[int, int]
     steps: int
     start: tuple[MetricValue, ...]
     drop: float

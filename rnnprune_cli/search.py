@@ -24,7 +24,7 @@ import numpy as np
 from rnnprune_cli import measure
 from rnnprune_cli.allocate import MAX_SHARE, allocate
 from rnnprune_cli.apply import Applied, Applier, Inputs, chosen_layers
-from rnnprune_cli.errors import RnnpruneError, UsageError, closest
+from rnnprune_cli.errors import NothingRemovedError, RnnpruneError, UsageError, closest
 from rnnprune_cli.metrics import drop
 from rnnprune_cli.model import Check, Curve, ExportOptions, Plan, Ratios, Stage, Target, Trial
 from rnnprune_cli.options import STRUCTURES
@@ -299,9 +299,7 @@ class Search:
         with self._applier.scratch():
             try:
                 figures = self._figures(self._applier.add(self._done, stage), stage)
-            except RnnpruneError as error:
-                if "not a single" not in error.message:
-                    raise
+            except NothingRemovedError:
                 figures = {name: 0.0 if name == DROP else 1.0 for name in self._limits}
                 self._unchanged.add(shares)
         return Trial(named, figures, all(figures[n] <= x for n, x in self._limits.items()))

@@ -11,7 +11,7 @@ import numpy as np
 from rnnprune_cli.allocate import allocate
 from rnnprune_cli.apply import Applied, Applier, Inputs, chosen_layers
 from rnnprune_cli.data import Dataset
-from rnnprune_cli.errors import RnnpruneError
+from rnnprune_cli.errors import NothingRemovedError, RnnpruneError
 from rnnprune_cli.gate_order import ONNX_ORDER
 from rnnprune_cli.metrics import Quality, drop
 from rnnprune_cli.model import Curve, Point, RecurrentLayer, Runner, Stage, StoredWeight
@@ -66,7 +66,8 @@ def curves(
                 try:
                     applied = applier.add(done, own)
                 except RnnpruneError as error:
-                    if _too_little(error, sparsity, sparsities):
+                    # Where nothing went, more may go; unless there is nothing at all.
+                    if isinstance(error, NothingRemovedError) and sparsity < sparsities[-1]:
                         continue
                     break
                 finally:
@@ -144,11 +145,6 @@ def runner_of(applied: Applied, threads: int) -> Runner:
 def _literal(name: str) -> str:
     """Returns a glob that matches one name only."""
     return "".join(f"[{c}]" if c in "[]*?" else c for c in name)
-
-
-def _too_little(error: RnnpruneError, sparsity: float, sparsities: Sequence[float]) -> bool:
-    """Tells whether more may go where nothing did, rather than nothing at all."""
-    return "not a single" in error.message and sparsity < sparsities[-1]
 
 
 def _size(layer: RecurrentLayer, stage: Stage) -> int:

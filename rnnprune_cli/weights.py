@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from rnnprune_cli.errors import RnnpruneError
+from rnnprune_cli.errors import NothingRemovedError, RnnpruneError
 from rnnprune_cli.hessians import UNREACHED, LayerInputs
 from rnnprune_cli.methods import Method
 from rnnprune_cli.methods import method as find_method
@@ -383,7 +383,7 @@ def _nothing_removed(task: WeightTask) -> RnnpruneError:
         for w in weights
     )
     share = 1 - left / sum(w.size for w in weights)
-    return RnnpruneError(
+    return NothingRemovedError(
         f"sparsity {task.stage.sparsity:g} removes not a single weight: {share:.2f} of them are"
         " zero already, or the layers are too small, or share their weights with others",
         "ask for a higher --sparsity, or select other --layers",

@@ -205,8 +205,9 @@ def _epochs(log: FineTuned) -> RenderableType:
     train, held = log.samples
     ended = f"; ended early: {log.stopped}" if log.stopped else ""
     said = (
-        f"{_count(log.steps)} updates in {log.seconds:.0f} s on {_count(train)} samples, validated"
-        f" on {_count(held)}; minimized {log.loss}; gradients cut {_count(log.clipped)} times,"
+        f"{_count(log.steps)} updates of {_count(log.parameters[0])} of {_count(log.parameters[1])}"
+        f" parameters in {log.seconds:.0f} s on {_count(train)} samples, validated on"
+        f" {_count(held)}; minimized {log.loss}; gradients cut {_count(log.clipped)} times,"
         f" went back {log.rollbacks} times{ended}"
     )
     return stacked([table, Text(printable(said))])

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from rnnprune_cli.calibrate import Batch, expose, prepared, run_batches, size_of, told
 from rnnprune_cli.coupling import Coupling
 from rnnprune_cli.data import Dataset
-from rnnprune_cli.errors import RnnpruneError, UsageError
+from rnnprune_cli.errors import NothingRemovedError, RnnpruneError, UsageError
 from rnnprune_cli.find import find
 from rnnprune_cli.graph import Walker
 from rnnprune_cli.methods import Method
@@ -178,7 +178,7 @@ def nothing_removed(model: OnnxModel, blocked: Mapping[str, str], stage: Stage) 
             f"no {stage.granularity} of {model.path} can be removed: '{name}': {why}{more}",
             hint or ("--granularity weight works" + (" and so may unit" if layers else "")),
         )
-    return RnnpruneError(
+    return NothingRemovedError(
         f"sparsity {stage.sparsity:g} removes not a single {stage.granularity}: there are too few",
         "ask for a higher --sparsity" if stage.granularity == "unit" else "one layer has to stay",
     )

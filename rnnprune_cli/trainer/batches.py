@@ -12,7 +12,7 @@ from rnnprune_cli.errors import RnnpruneError
 from rnnprune_cli.model import Array, BoolArray, Runner
 
 LOOKED_AT = 256
-"""Samples that the size of features is taken from."""
+"""Samples that tell the size of features, and what outputs are."""
 _BUCKET = 16
 """Batches whose samples are sorted by length together."""
 

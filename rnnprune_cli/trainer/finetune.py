@@ -248,6 +248,7 @@ class _Run:
             loss=_in_words(task.objective, task.options),
             schedule=task.options.schedule,
             samples=(task.train.count, task.validation.count),
+            parameters=self._trainee.parameters,
             steps=at.done,
             start=self._start,
             drop=lost,

@@ -103,10 +103,14 @@ class Trainee:
             name: v for name, v in self.module.weights.items() if v.trainable
         }
         self._values = {name: self.module.values[name] for name in self.variables}
-        unknown = set(self.masks) - set(self.variables)
-        self.masks = {name: m for name, m in self.masks.items() if name not in unknown}
-        self.fixed = unknown
-        """Weights with a mask that are frozen."""
+        frozen = set(self.masks) - set(self.variables)
+        held = {self._places[name][0].name for name in frozen}
+        if not held.isdisjoint(more):
+            raise UsageError(
+                f"--freeze holds '{min(held)}', which is to lose weights while training",
+                "take --schedule one-shot, which removes them before",
+            )
+        self.masks = {name: m for name, m in self.masks.items() if name not in frozen}
 
     def _bind(self, pruned: Pruned, more: Collection[str]) -> None:
         """Gives every prunable weight an initializer of its own, with its new values."""
@@ -164,7 +168,9 @@ class Trainee:
                     if readers:
                         found[value] = {value.name or "", *readers}
         for pattern in freeze:
-            matching = {v for v, names in found.items() if any(_fits(n, pattern) for n in names)}
+            matching = {
+                v for v, names in found.items() if any(fnmatchcase(n, pattern) for n in names)
+            }
             if not matching:
                 every = sorted(set().union(*found.values())) if found else []
                 raise UsageError(f"no weight matches --freeze '{pattern}'", closest(pattern, every))
@@ -181,6 +187,12 @@ class Trainee:
         """Gives the variables values."""
         for name, variable in self.variables.items():
             variable.assign(values[name])
+
+    @property
+    def parameters(self) -> tuple[int, int]:
+        """How many parameters are trained, and how many there are."""
+        sizes = {name: int(np.prod(v.shape)) for name, v in self.module.weights.items()}
+        return sum(sizes[name] for name in self.variables), sum(sizes.values())
 
     @property
     def sparsity(self) -> float:
@@ -289,10 +301,6 @@ def _is_product(value: ir.Value | None) -> bool:
         first = node.inputs[0]
         node = None if first is None else first.producer()
     return node is not None and node.op_type in _PRODUCTS
-
-
-def _fits(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern)
 
 
 def _store(value: ir.Value, array: Array) -> None:
