@@ -484,12 +484,29 @@ class Target:
 
 @dataclass(frozen=True)
 class Check:
-    """A condition that the result was held against."""
+    """A condition that the result was held against.
+
+    Attributes:
+        expression: As the user wrote it, or what was compared with a baseline.
+        limit: The number in it.
+        actual: The figure.
+        passed: Whether it holds; a figure with an interval fails only if all of it does.
+        low: Lower end of the figure's 95 % interval; None if it has no noise.
+        high: Its upper end.
+        p: Of a rank test: the chance of such a difference where there is none.
+        subject: Whose figure it is, where a report is about several models.
+        hint: What to do if it fails.
+    """
 
     expression: str
     limit: float
     actual: float
     passed: bool
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    subject: str = ""
+    hint: str = ""
 
 
 @dataclass(frozen=True)
@@ -631,17 +648,29 @@ class Plan:
 
 @dataclass(frozen=True)
 class Latency:
-    """Wall-clock time of one call in milliseconds, with the raw samples."""
+    """Wall-clock time of one call in milliseconds, with the raw samples.
+
+    Attributes:
+        median: Of all samples.
+        p5: 5th percentile.
+        p95: 95th percentile.
+        samples: In the order of their measurement; those of models that were timed side by side
+            belong together one by one.
+        p99: 99th percentile; None in reports that have it not.
+        rounds: How many of the samples each round has; models are opened anew in each.
+    """
 
     median: float
     p5: float
     p95: float
     samples: tuple[float, ...]
+    p99: float | None = None
+    rounds: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio of medians with its 95 % bootstrap interval."""
+    """A ratio of latencies with its 95 % interval; see :func:`rnnprune_cli.timing.ratio`."""
 
     median: float
     low: float
@@ -719,6 +748,26 @@ UNCHANGED = "nothing but the pruned weights differs from the original files"
 
 
 @dataclass(frozen=True)
+class Picture:
+    """Where a weight is zero or gone, at a size to look at.
+
+    Attributes:
+        weight: ``W`` or ``R``.
+        direction: 0 forward (or the only one), 1 reverse.
+        gates: Letters of its gates, in ONNX's order: as many equal parts of the rows.
+        shape: Of the matrix before, ``(gates * hidden_size, columns)``.
+        cells: One string a row of cells, one character a cell: ``0`` (all zero) to ``9`` (none is)
+            for the share that is not zero of what is left there, ``x`` where all is cut out.
+    """
+
+    weight: str
+    direction: int
+    gates: str
+    shape: tuple[int, int]
+    cells: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class LayerRow:
     """What happened to one layer.
 
@@ -727,6 +776,7 @@ class LayerRow:
         blocked: Why it was not pruned, or not all of it.
         gates: The gate's letter, in ONNX's order → its share of ``sparsity``: of the weights that
             it had at first, how many are gone or zero, over both directions.
+        pictures: Of each weight and direction.
     """
 
     name: str
@@ -741,6 +791,7 @@ class LayerRow:
     stored: tuple[str, ...]
     blocked: str | None = None
     gates: Mapping[str, float] = field(default_factory=dict)
+    pictures: tuple[Picture, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -909,8 +960,34 @@ class OutputInfo:
 
 
 @dataclass(frozen=True)
+class Quantized:
+    """What ``--quantize`` did to a pruned model.
+
+    ``Report.after`` is the quantized model; this tells pruning and quantization apart.
+
+    Attributes:
+        kind: ``int8``.
+        before: The pruned model, before it was quantized.
+        ratios: Quantized ÷ pruned.
+        fidelity: The pruned model's outputs against the quantized one's.
+        operators: Operators that were quantized → how many.
+        left: Recurrent operators that were left as they are, each with the reason.
+    """
+
+    kind: str
+    before: Measurement
+    ratios: Ratios
+    fidelity: tuple[OutputFidelity, ...]
+    operators: Mapping[str, int]
+    left: tuple[Skipped, ...]
+
+
+@dataclass(frozen=True)
 class Report:
-    """Everything that ``prune`` has to say; ``report/`` renders it."""
+    """Everything that ``prune`` has to say; ``report/`` renders it.
+
+    ``key`` is a digest of everything that the output depends on: model, data, plan, versions.
+    """
 
     arguments: Mapping[str, Any]
     model: ModelInfo
@@ -933,6 +1010,8 @@ class Report:
     trials: tuple[Trial, ...] = ()
     checks: tuple[Check, ...] = ()
     finetune: FineTuned | None = None
+    quantized: Quantized | None = None
+    key: str = ""
 
 
 @dataclass(frozen=True)
@@ -960,3 +1039,145 @@ class SensitivityReport:
     advice: str
     warnings: tuple[str, ...]
     environment: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class BenchModel:
+    """One model of a benchmark.
+
+    Attributes:
+        name: Unique in the report.
+        path: The file or directory.
+        format: ``onnx``, ``savedmodel``, ``keras`` or ``h5``.
+        sha256: Of all its files.
+        parameters: Floating-point (or quantized) weights.
+        nonzero: Those that are not zero.
+        bytes: Size of all its files.
+        gzip_bytes: The same after gzip.
+        macs_per_step: Multiply-accumulates of its recurrent layers for one step; None if it has
+            none that is known.
+        bytes_per_step: Bytes of weights that these read for one step.
+        load_ms: Time to open it: the median over all rounds.
+        peak_bytes: Memory that a process of its own needs to open and to run it, more than before.
+        metrics: On the data.
+        latency_ms: In the first setting.
+        group: Models of one group are compared with each other.
+        how: How it was made, for models of the built-in suite.
+    """
+
+    name: str
+    path: str
+    format: str
+    sha256: str
+    parameters: int
+    nonzero: int
+    bytes: int
+    gzip_bytes: int
+    macs_per_step: int | None
+    bytes_per_step: int | None
+    load_ms: float
+    peak_bytes: int | None
+    metric: MetricValue | None
+    metrics: tuple[MetricValue, ...]
+    latency_ms: Latency
+    group: str = ""
+    how: str = ""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one model takes in one setting.
+
+    Attributes:
+        model: Its name.
+        batch: Samples of a call; None if they cannot be told.
+        steps: Steps of each of them; None if they cannot be told.
+        threads: That it ran with.
+        latency_ms: Of a call.
+        samples_per_second: Throughput; None without batch.
+        steps_per_second: The same in steps; None without steps.
+        real_time_factor: Latency ÷ the time that the steps stand for; None if that is not given.
+    """
+
+    model: str
+    batch: int | None
+    steps: int | None
+    threads: int
+    latency_ms: Latency
+    samples_per_second: float | None
+    steps_per_second: float | None
+    real_time_factor: float | None
+
+
+@dataclass(frozen=True)
+class BenchRatio:
+    """The latency of a model divided by that of the reference of its group, in one setting."""
+
+    model: str
+    reference: str
+    batch: int | None
+    steps: int | None
+    threads: int
+    latency: Ratio
+
+
+@dataclass(frozen=True)
+class Control:
+    """The reference against itself in one setting: what the machine's noise amounts to.
+
+    Attributes:
+        reference: The model.
+        batch: As in :class:`Timing`.
+        steps: As in :class:`Timing`.
+        threads: As in :class:`Timing`.
+        latency: Should hold 1 in its interval.
+        rounds: How often all models were opened.
+        seconds: What all of it took.
+    """
+
+    reference: str
+    batch: int | None
+    steps: int | None
+    threads: int
+    latency: Ratio
+    rounds: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """Everything that ``bench`` has to say; ``control`` is the first of ``controls``."""
+
+    arguments: Mapping[str, Any]
+    models: tuple[BenchModel, ...]
+    timings: tuple[Timing, ...]
+    ratios: tuple[BenchRatio, ...]
+    control: Control
+    controls: tuple[Control, ...]
+    checks: tuple[Check, ...]
+    warnings: tuple[str, ...]
+    environment: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """Everything that ``check`` has to say.
+
+    Attributes:
+        arguments: The options as the user gave them.
+        report: What was judged.
+        baseline: What it was held against.
+        checks: In the order of ``--require``, then the comparisons with the baseline.
+        warnings: What could not be judged, and why.
+    """
+
+    arguments: Mapping[str, Any]
+    report: str
+    baseline: str | None
+    checks: tuple[Check, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Tells whether all checks hold."""
+        return all(check.passed for check in self.checks)
