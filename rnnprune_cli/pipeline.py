@@ -69,6 +69,7 @@ from rnnprune_cli.save import provenance
 from rnnprune_cli.search import DROP, Search, checked, checked_target
 from rnnprune_cli.sensitivity import advised, curves, divided, measurable
 from rnnprune_cli.tensorflow.store import check_dense
+from rnnprune_cli.timing import interleaved_latency
 from rnnprune_cli.verify import require, run_all, verify_same, verify_weights
 from rnnprune_cli.weights import distinct_weights
 
@@ -954,13 +955,13 @@ def _measured(
     options, data = run.options, run.data
     feed = run.feeds[0] if data is None else data.feed(0, 1)
     openers: tuple[Callable[[], Runner], Callable[[], Runner]]
-    openers, rounds = (lambda: run.original, lambda: run.pruned), 1
+    openers = (lambda: run.original, lambda: run.pruned)
     both = run.source.format == run.saved.format == "onnx"
-    if both and not run.source.big:  # others take seconds to open
-        rounds = measure.ROUNDS
+    reopen = both and not run.source.big  # others take seconds to open
+    if reopen:
         openers = (lambda: run.source.open(options.threads), run.reopen)
-    latency_before, latency_after, ratio = measure.interleaved_latency(
-        openers, feed, options.latency_seconds, rounds, options.seed
+    latency_before, latency_after, ratio = interleaved_latency(
+        openers, feed, options.latency_seconds, reopen, options.seed
     )
     weights, left = distinct_weights(run.base.layers), distinct_weights(run.model.layers)
     nonzero_after = sum(sum(run.nonzero.get(w.name, w.nonzero_by_gate)) for w in left)

@@ -30,6 +30,7 @@ from rnnprune_cli.model import Check, Curve, ExportOptions, Plan, Ratios, Stage,
 from rnnprune_cli.options import STRUCTURES
 from rnnprune_cli.save import provenance
 from rnnprune_cli.sensitivity import curves, measurable, runner_of
+from rnnprune_cli.timing import interleaved_latency
 
 DROP = "metric-drop"
 TARGETS = {
@@ -315,11 +316,11 @@ class Search:
             elif name == "latency":
                 data = inputs.data
                 feed = inputs.feeds[0] if data is None else data.feed(0, 1)
-                _, _, ratio = measure.interleaved_latency(
+                _, _, ratio = interleaved_latency(
                     (lambda: inputs.original, lambda: runner),
                     feed,
                     _LATENCY_SECONDS,
-                    1,
+                    False,
                     inputs.options.seed,
                 )
                 figures[name] = ratio.high  # what is promised should hold when measured again

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper
 from rich.console import Console
 
 from rnnprune_cli import compensate
-from rnnprune_cli.errors import NotEquivalentError, RnnpruneError, UsageError
+from rnnprune_cli.errors import NotEquivalentError, NothingRemovedError, RnnpruneError, UsageError
 from rnnprune_cli.methods import methods
 from rnnprune_cli.model import GATES, ExportOptions, Report, Stage
 from rnnprune_cli.options import PruneOptions
@@ -536,7 +536,7 @@ NOT_POSSIBLE: dict[str, tuple[dict[str, object], type[RnnpruneError], str]] = {
     "method that needs data": ({"method": "activation"}, UsageError, "method 'activation'"),
     "method that orders": ({"method": "obs"}, UsageError, "method 'obs'"),
     "layer": ({"layers": ("nothing",)}, UsageError, "no layer matches"),
-    "too little": ({"sparsity": 0.01}, RnnpruneError, "removes not a single unit"),
+    "too little": ({"sparsity": 0.01}, NothingRemovedError, "removes not a single unit"),
     "sparsity": ({"sparsity": 1.0}, UsageError, "between 0 and 1"),
     "method of no unit": ({"method": "none"}, UsageError, "no method 'none'"),
 }

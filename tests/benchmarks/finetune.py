@@ -42,10 +42,11 @@ import tf_keras
 from rnnprune_cli.data import load_dataset
 from rnnprune_cli.gate_order import onnx_to_keras
 from rnnprune_cli.load import load
-from rnnprune_cli.measure import environment, gzip_bytes, interleaved_latency, total_bytes
+from rnnprune_cli.measure import environment, gzip_bytes, total_bytes
 from rnnprune_cli.metrics import Quality
 from rnnprune_cli.model import GATES, MetricValue
 from rnnprune_cli.runtime import OnnxRunner
+from rnnprune_cli.timing import interleaved_latency
 from rnnprune_cli.trainer.objective import MIXED
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "sample_models"))
