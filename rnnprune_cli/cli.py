@@ -23,8 +23,10 @@ from rnnprune_cli.errors import ExitCode, HelpedError, RnnpruneError, UsageError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from rnnprune_cli.model import Report
     from rnnprune_cli.options import PruneOptions
     from rnnprune_cli.recipe import Recipe
+    from rnnprune_cli.report.files import Result
 
 app = typer.Typer(
     name="rnnprune",
@@ -40,6 +42,14 @@ class Format(str, Enum):
 
     table = "table"
     json = "json"
+    markdown = "markdown"
+
+
+class PlainFormat(str, Enum):
+    """What stdout carries of what is no result to hand on."""
+
+    table = "table"
+    json = "json"
 
 
 Model = Annotated[
@@ -49,6 +59,15 @@ Model = Annotated[
     ),
 ]
 OutputFormat = Annotated[Format, typer.Option("--format", help="What stdout carries.")]
+PlainOutputFormat = Annotated[PlainFormat, typer.Option("--format", help="What stdout carries.")]
+Reports = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--report",
+        help="Also write the report here (.json, .md or .html); repeatable.",
+        readable=False,
+    ),
+]
 RightPadding = Annotated[
     bool,
     typer.Option(
@@ -117,6 +136,26 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 Threads = Annotated[int, typer.Option(help="Threads to run the models with.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with training that was interrupted.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+Require = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--require",
+        help="What must hold, else exit code 1: 'latency<=0.8', 'metric-drop<=0.01'; repeatable.",
+    ),
+]
+Strict = Annotated[
+    bool,
+    typer.Option(
+        "--strict", help="Figures with noise must hold all over their interval, not only in it."
+    ),
+]
+SkipIfUnchanged = Annotated[
+    bool,
+    typer.Option(
+        "--skip-if-unchanged",
+        help="Do nothing if the .json of --report says that the same was done, and it is there.",
+    ),
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -280,12 +319,16 @@ def prune(
     values: Annotated[
         str, typer.Option(help="Precision of packed values: float32, float16 or int8.")
     ] = "float32",
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            help="int8: quantize LSTMs, Dense layers and embeddings after pruning (ONNX output).",
+            show_default=False,
+        ),
+    ] = None,
     right_padding: RightPadding = False,
     signature: Signature = None,
-    report: Annotated[
-        list[Path] | None,
-        typer.Option("--report", help="Also write the report here (.json).", readable=False),
-    ] = None,
+    report: Reports = None,
     trials: Annotated[
         int, typer.Option(help="Models that a search for targets tries, at most.")
     ] = 40,
@@ -295,6 +338,9 @@ def prune(
             help="Also write what was done as a recipe (.toml) for 'rnnprune run'.", readable=False
         ),
     ] = None,
+    require: Require = None,
+    strict: Strict = False,
+    skip_if_unchanged: SkipIfUnchanged = False,
     output_format: OutputFormat = Format.table,
     seed: Seed = 0,
     threads: Threads = 1,
@@ -373,8 +419,19 @@ def prune(
                 logdir=logdir,
                 strategy=strategy,
             ),
+            quantize=quantize,
+            require=tuple(require or ()),
+            strict=strict,
         )
-        return _compress(options, arguments, output_format, quiet, verbose, save_recipe=save_recipe)
+        return _compress(
+            options,
+            arguments,
+            output_format,
+            quiet,
+            verbose,
+            save_recipe=save_recipe,
+            skip=skip_if_unchanged,
+        )
 
     _finish(work, arguments, output_format)
 
@@ -402,10 +459,10 @@ def run(
         Path | None, typer.Option(help="Other data to train on.", readable=False)
     ] = None,
     resume: Resume = False,
-    report: Annotated[
-        list[Path] | None,
-        typer.Option("--report", help="Also write the report here (.json).", readable=False),
-    ] = None,
+    report: Reports = None,
+    require: Require = None,
+    strict: Strict = False,
+    skip_if_unchanged: SkipIfUnchanged = False,
     output_format: OutputFormat = Format.table,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Another seed of everything random.")
@@ -438,10 +495,20 @@ def run(
             threads=threads,
             force=force,
             reports=tuple(report or ()),
+            require=tuple(require) if require else None,
+            strict=strict or None,
             **{"finetune.train": train, "finetune.resume": resume or None},
         )
         arguments.update(arguments_of(options))
-        return _compress(options, arguments, output_format, quiet, verbose, recipe=found)
+        return _compress(
+            options,
+            arguments,
+            output_format,
+            quiet,
+            verbose,
+            recipe=found,
+            skip=skip_if_unchanged,
+        )
 
     _finish(work, arguments, output_format)
 
@@ -499,12 +566,7 @@ def lift(
         )
         with progress(quiet, verbose) as show:
             result = pipeline.prune(options, arguments, show)
-        document = report_document(result)
-        if output_format is Format.json:
-            return document, None
-        from rnnprune_cli.report.table import report_table
-
-        return document, report_table(result)
+        return _shown(result, report_document(result), output_format)
 
     _finish(work, arguments, output_format)
 
@@ -514,7 +576,7 @@ def inspect(
     model: Model,
     right_padding: RightPadding = False,
     signature: Signature = None,
-    output_format: OutputFormat = Format.table,
+    output_format: PlainOutputFormat = PlainFormat.table,
     verbose: Verbose = False,
 ) -> None:
     """Show what is recurrent in a model, what can be pruned, and what blocks the rest."""
@@ -526,7 +588,7 @@ def inspect(
 
         with inspected(model, signature, right_padding) as (found, units, others):
             document = inspect_document(found, units, others, arguments)
-            if output_format is Format.json:
+            if output_format is PlainFormat.json:
                 return document, None
             from rnnprune_cli.report.table import inspect_table
 
@@ -558,12 +620,7 @@ def sensitivity(
     metric: Metric = ["auto"],  # noqa: B006  typer copies it
     right_padding: RightPadding = False,
     signature: Signature = None,
-    report: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--report", help="Also write the report here (.json or .html).", readable=False
-        ),
-    ] = None,
+    report: Reports = None,
     output_format: OutputFormat = Format.table,
     seed: Seed = 0,
     threads: Threads = 1,
@@ -582,15 +639,10 @@ def sensitivity(
         from rnnprune_cli import pipeline
         from rnnprune_cli.console import progress
         from rnnprune_cli.options import PruneOptions, complete_stage
-        from rnnprune_cli.report.json import render, sensitivity_document
-        from rnnprune_cli.save import check_writable, write_text
+        from rnnprune_cli.report.files import check_report_paths, write_reports
+        from rnnprune_cli.report.json import sensitivity_document
 
-        for path in report or ():
-            if path.suffix not in (".json", ".html"):
-                raise UsageError(
-                    f"a report cannot be written as '{path}'", "it must end in .json or .html"
-                )
-            check_writable(path, force)
+        check_report_paths(report or (), force)
         stage = complete_stage(
             method,
             granularity,
@@ -617,24 +669,184 @@ def sensitivity(
                 options, _numbers("--sparsities", sparsities), gates, arguments, show
             )
         document = sensitivity_document(result)
-        for path in report or ():
-            if path.suffix == ".html":
-                from rnnprune_cli.report.html import curves_page
-
-                write_text(path, curves_page(result))
-            else:
-                write_text(path, render(document) + "\n")
-        if output_format is Format.json:
-            return document, None
-        from rnnprune_cli.report.curves import curves_table
-
-        return document, curves_table(result)
+        write_reports(report or (), result, document, force)
+        return _shown(result, document, output_format)
 
     _finish(work, arguments, output_format)
 
 
 @app.command()
-def methods(output_format: OutputFormat = Format.table) -> None:
+def bench(
+    models: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="ONNX files, SavedModels and Keras files; the first is what the others are held"
+            " against. None: the built-in suite.",
+            readable=False,
+            show_default=False,
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help=".npz with an array for each input, and labels.", readable=False),
+    ] = None,
+    metric: Metric = ["auto"],  # noqa: B006  typer copies it
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            help="Samples of a call, such as 1,8 [default: 1, or as made up].", show_default=False
+        ),
+    ] = None,
+    steps: Annotated[
+        str | None,
+        typer.Option(
+            help="Steps of each sample, such as 50,200 [default: as in the data].",
+            show_default=False,
+        ),
+    ] = None,
+    threads: Annotated[str, typer.Option(help="Threads to run with, such as 1,2.")] = "1",
+    precision: Annotated[
+        float,
+        typer.Option(help="Width of the ratios' 95 % interval that is enough; 0: use all time."),
+    ] = 0.02,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            "--time",
+            help="Seconds to measure in each setting, at most [default: 20; 10 in the suite].",
+            show_default=False,
+        ),
+    ] = None,
+    step_seconds: Annotated[
+        float | None,
+        typer.Option(help="Time that a step stands for, for the real-time factor."),
+    ] = None,
+    providers: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--providers", help="Execution provider of onnxruntime; repeatable, the best first."
+        ),
+    ] = None,
+    require: Require = None,
+    strict: Strict = False,
+    signature: Signature = None,
+    report: Reports = None,
+    output_format: OutputFormat = Format.table,
+    seed: Seed = 0,
+    force: Force = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure models side by side: size, metric, memory, and latency with its interval.
+
+    Example: rnnprune bench model.onnx model.pruned.onnx --data test.npz --batch 1,8
+    """
+    arguments = {k: v for k, v in locals().items() if v is not None}
+    arguments["metric"] = ",".join(metric)
+
+    def work() -> tuple[dict[str, Any], RenderableType | None]:
+        from rnnprune_cli import bench as benchmark
+        from rnnprune_cli.console import progress
+        from rnnprune_cli.report.files import check_report_paths, write_reports
+        from rnnprune_cli.report.json import bench_document
+
+        check_report_paths(report or (), force)
+        options = benchmark.BenchOptions(
+            models=tuple(models or ()),
+            data=data,
+            metric=",".join(metric),
+            batches=_integers("--batch", batch),
+            steps=_integers("--steps", steps),
+            threads=_integers("--threads", threads),
+            precision=precision,
+            seconds=seconds or (20.0 if models else 10.0),
+            step_seconds=step_seconds,
+            providers=tuple(providers or ()),
+            signature=signature,
+            seed=seed,
+            require=tuple(require or ()),
+            strict=strict,
+        )
+        with progress(quiet, verbose) as show:
+            if models:
+                result = benchmark.bench(options, arguments, show)
+            else:
+                from rnnprune_cli.suite import suite
+
+                result = suite(options, arguments, show)
+        document = bench_document(result)
+        write_reports(report or (), result, document, force)
+        return _shown(result, document, output_format)
+
+    _finish(work, arguments, output_format)
+
+
+@app.command()
+def check(
+    saved: Annotated[
+        Path,
+        typer.Argument(
+            metavar="REPORT", help="A report (.json) of prune, run or bench.", readable=False
+        ),
+    ],
+    baseline: Annotated[
+        Path | None,
+        typer.Option(help="A report that it must not be worse than.", readable=False),
+    ] = None,
+    require: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--require",
+            help="What must hold: 'latency<=0.8'; repeatable [default: what its own run required].",
+            show_default=False,
+        ),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="What cannot be told, or not be compared, fails.")
+    ] = False,
+    margin: Annotated[
+        float, typer.Option(help="How much slower than the baseline is no regression: a share.")
+    ] = 0.03,
+    tolerance: Annotated[
+        float, typer.Option(help="How much worse any other figure may be: a share, or points.")
+    ] = 0.005,
+    report: Reports = None,
+    output_format: OutputFormat = Format.table,
+    force: Force = False,
+    verbose: Verbose = False,
+) -> None:
+    """Judge a saved report: exit code 1 if a requirement fails, or it is worse than a baseline.
+
+    Example: rnnprune check report.json --baseline main.json --require 'metric-drop<=0.01'
+    """
+    arguments = {k: v for k, v in locals().items() if v is not None}
+
+    def work() -> tuple[dict[str, Any], RenderableType | None]:
+        from rnnprune_cli.checks import check_saved
+        from rnnprune_cli.report.files import check_report_paths, write_reports
+        from rnnprune_cli.report.json import check_document
+        from rnnprune_cli.report.read import read_report
+
+        check_report_paths(report or (), force)
+        result = check_saved(
+            read_report(saved),
+            None if baseline is None else read_report(baseline),
+            tuple(require or ()),
+            (str(saved), None if baseline is None else str(baseline)),
+            arguments,
+            margin,
+            tolerance,
+            strict,
+        )
+        document = check_document(result)
+        write_reports(report or (), result, document, force)
+        return _shown(result, document, output_format)
+
+    _finish(work, arguments, output_format)
+
+
+@app.command()
+def methods(output_format: PlainOutputFormat = PlainFormat.table) -> None:
     """List every method, granularity, scope and export form, with its paper."""
 
     def work() -> tuple[dict[str, Any], RenderableType | None]:
@@ -646,13 +858,25 @@ def methods(output_format: OutputFormat = Format.table) -> None:
         examples = {"weight": "weight", "bank:N": "bank:2", "unit": "unit", "layer": "layer"}
         scopes = {name: scopes_of(example) for name, example in examples.items()}
         document = methods_document(known, GRANULARITIES, scopes, EXPORTS)
-        if output_format is Format.json:
+        if output_format is PlainFormat.json:
             return document, None
         from rnnprune_cli.report.table import methods_table
 
         return document, methods_table(known, GRANULARITIES, scopes, EXPORTS)
 
     _finish(work, {}, output_format)
+
+
+def _integers(option: str, text: str | None) -> tuple[int, ...]:
+    """Reads whole numbers between commas.
+
+    Raises:
+        UsageError: If they are none.
+    """
+    numbers = _numbers(option, text)
+    if any(number != int(number) for number in numbers):
+        raise UsageError(f"{option} {text} is no list of whole numbers", f"such as {option} 1,8")
+    return tuple(dict.fromkeys(int(number) for number in numbers))
 
 
 def _numbers(option: str, text: str | None) -> tuple[float, ...]:
@@ -677,18 +901,22 @@ def _compress(
     verbose: bool,
     recipe: Recipe | None = None,
     save_recipe: Path | None = None,
+    skip: bool = False,
 ) -> tuple[dict[str, Any], RenderableType | None]:
     """Does what ``prune`` or ``run`` is asked to do; returns the report as both formats show it."""
+    if skip:
+        from rnnprune_cli.unchanged import unchanged
+
+        done = unchanged(options, arguments)
+        if done is not None:  # before anything heavy is imported
+            return _already_done(options, arguments, done, output_format, quiet, save_recipe)
     from rnnprune_cli import pipeline
     from rnnprune_cli import recipe as recipes
     from rnnprune_cli.console import progress
-    from rnnprune_cli.report.json import family_document, render, report_document
-    from rnnprune_cli.save import check_writable, write_text
+    from rnnprune_cli.report.files import check_report_paths, write_reports
+    from rnnprune_cli.report.json import family_document, report_document
 
-    for path in options.reports:
-        if path.suffix != ".json":
-            raise UsageError(f"a report cannot be written as '{path}'", "it must end in .json")
-        check_writable(path, options.force)
+    check_report_paths(options.reports, options.force)
     if save_recipe is not None:
         recipes.check_recipe(save_recipe, options)
     with progress(quiet, verbose) as show:
@@ -697,47 +925,88 @@ def _compress(
         if options.family:
             results = pipeline.prune_family(options, arguments, show)
             family = family_document(results, arguments)
-            for path in options.reports:
-                write_text(path, render(family) + "\n")
-            if output_format is Format.json:
-                return family, None
-            from rnnprune_cli.report.table import family_table
-
-            return family, family_table(results)
+            write_reports(options.reports, results, family, options.force)
+            return _shown(results, family, output_format)
         result = pipeline.prune(options, arguments, show)
     if recipe is not None:
         result = recipe.compared(result, options)
     document = report_document(result)
-    for path in options.reports:
-        write_text(path, render(document) + "\n")
+    write_reports(options.reports, result, document, options.force)
     if save_recipe is not None:
         recipes.save_recipe(save_recipe, options, result.plan.stages)
+    return _shown(result, document, output_format)
+
+
+def _already_done(
+    options: PruneOptions,
+    arguments: dict[str, Any],
+    reports: tuple[Report, ...],
+    output_format: Format,
+    quiet: bool,
+    save_recipe: Path | None,
+) -> tuple[dict[str, Any], RenderableType | None]:
+    """Returns what an earlier run has made as if it was made now; files that lack are written."""
+    from rnnprune_cli.report.files import write_reports
+    from rnnprune_cli.report.json import family_document, report_document
+
+    if not quiet:
+        places = ", ".join(report.output.path for report in reports)
+        print(f"rnnprune: unchanged: {places}", file=sys.stderr)
+    result: Result = reports if options.family else reports[0]
+    if options.family:
+        document = family_document(reports, arguments, "unchanged")
+    else:
+        document = report_document(reports[0], "unchanged")
+    lacking = [path for path in options.reports if options.force or not path.exists()]
+    write_reports(lacking, result, document, options.force)
+    if save_recipe is not None and (options.force or not save_recipe.exists()):
+        from rnnprune_cli import recipe as recipes
+
+        recipes.check_recipe(save_recipe, options)
+        recipes.save_recipe(save_recipe, options, reports[0].plan.stages)
+    return _shown(result, document, output_format)
+
+
+def _shown(
+    result: Result, document: dict[str, Any], output_format: Format
+) -> tuple[dict[str, Any], RenderableType | None]:
+    """Returns a result as :func:`_finish` prints it: the document, and what else is shown."""
+    from rnnprune_cli.report.files import as_table, as_text
+
     if output_format is Format.json:
         return document, None
-    from rnnprune_cli.report.table import report_table
-
-    return document, report_table(result)
+    if output_format is Format.markdown:
+        return document, as_text(result, document, "markdown")
+    return document, as_table(result)
 
 
 def _finish(
     work: Callable[[], tuple[dict[str, Any], RenderableType | None]],
     arguments: dict[str, Any],
-    output_format: Format,
+    output_format: Format | PlainFormat,
 ) -> None:
-    """Runs a command's work and prints its result; errors carry the arguments to the end."""
+    """Runs a command's work and prints its result; errors carry the arguments to the end.
+
+    Raises:
+        typer.Exit: If the result is not what was required.
+    """
     try:
         document, drawing = work()
     except Exception as error:
         error.__dict__["arguments"] = arguments
         raise
-    if output_format is Format.json:
+    if output_format.value == "json":
         from rnnprune_cli.report.json import render
 
         print(render(document))
+    elif isinstance(drawing, str):
+        print(drawing, end="")
     else:
         from rich.console import Console
 
         Console(width=None if sys.stdout.isatty() else 160).print(drawing)
+    if document.get("passed") is False:
+        raise typer.Exit(ExitCode.CHECK_FAILED)
 
 
 def main() -> None:

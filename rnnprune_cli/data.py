@@ -528,6 +528,88 @@ def varied_feeds(runner: Runner, seed: int, longest: int = _STEPS[0]) -> list[Fe
     return feeds
 
 
+def sizes(feed: Feed, specs: Sequence[TensorSpec]) -> tuple[int | None, int | None]:
+    """Returns how many samples, and how many steps of each, a feed holds; None where unknown."""
+    batch, steps = None, None
+    for spec, axis, kind in _axes(specs):
+        size = feed[spec.name].shape[axis]
+        if kind == "batch":
+            batch = size if batch is None else batch
+        else:
+            steps = size if steps is None else steps
+    return batch, steps
+
+
+def resized(
+    feed: Feed, specs: Sequence[TensorSpec], batch: int | None, steps: int | None
+) -> dict[str, Array]:
+    """Returns a feed of another size; what is too short begins again.
+
+    Args:
+        feed: Some input of a model.
+        specs: The model's inputs.
+        batch: Samples; None to keep them.
+        steps: Steps of each; None to keep them.
+
+    Raises:
+        UsageError: If the model's inputs have one size only.
+    """
+    wanted = {"batch": batch, "steps": steps}
+    new = dict(feed)
+    for kind, size in wanted.items():
+        found = [(spec, axis) for spec, axis, own in _axes(specs) if own == kind]
+        if size is None:
+            continue
+        fixed = [spec for spec, axis in found if isinstance((spec.shape or ())[axis], int)]
+        if not found or any(new[s.name].shape[axis] != size for s, axis in found if s in fixed):
+            name = fixed[0].name if fixed else specs[0].name
+            what = f"{kind} of input '{name}' cannot be {size}"
+            raise UsageError(
+                f"the {what}: its shape is {_shown(fixed[0] if fixed else specs[0])}",
+                f"leave out --{kind}, or export the model with a dynamic axis",
+            )
+        for spec, axis in found:
+            places = np.arange(size) % new[spec.name].shape[axis]
+            new[spec.name] = np.take(new[spec.name], places, axis)
+    if steps is not None:
+        for spec in specs:
+            if spec.is_length:
+                new[spec.name] = np.full_like(new[spec.name], steps)
+    return new
+
+
+def _axes(specs: Sequence[TensorSpec]) -> Iterator[tuple[TensorSpec, int, str]]:
+    """Yields the axes of inputs that are the batch, or the steps, by their names or places."""
+    for number, spec in enumerate(specs):
+        shape = spec.shape or ()
+        if not shape or spec.is_length:
+            continue
+        named = {
+            kind: next(
+                (k for k, d in enumerate(shape) if isinstance(d, str) and of.search(d)), None
+            )
+            for kind, of in (("batch", _BATCH_NAME), ("steps", _STEPS_NAME))
+        }
+        batch, steps = named["batch"], named["steps"]
+        # [layers, batch, hidden] is an initial state, which has no steps.
+        state = len(shape) == 3 and number > 0 and isinstance(shape[0], int) and steps is None
+        if batch is None and (state or steps == 0):
+            features = len(shape) == 2 and isinstance(shape[1], int)
+            batch = 1 if len(shape) > 1 and not features else None
+        elif batch is None:
+            batch = 0
+        if steps is None and len(shape) > 1 and not state:
+            place = 1 if batch == 0 else 0
+            sequence = (
+                len(shape) > 2 or spec.dtype.kind in "iu" or not isinstance(shape[place], int)
+            )
+            steps = place if sequence else None
+        if batch is not None:
+            yield spec, batch, "batch"
+        if steps is not None:
+            yield spec, steps, "steps"
+
+
 def padded_on_the_right(feed: Feed) -> Feed:
     """Returns a feed whose sequences end in zeros, each earlier than the one before it.
 

@@ -410,8 +410,8 @@ def _other_recurrence(walker: Walker) -> Iterable[Skipped]:
             yield Skipped(
                 name,
                 f"{node.domain or 'ai.onnx'}:{node.op_type} "
-                + ("is already quantized" if quantized else "is a custom operator"),
-                "prune the model before it is quantized"
+                + ("is quantized already" if quantized else "is a custom operator"),
+                "prune the float model first, then quantize it: --quantize int8"
                 if quantized
                 else "export it with standard LSTM, GRU or RNN operators",
             )

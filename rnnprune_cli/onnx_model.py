@@ -61,7 +61,7 @@ from rnnprune_cli.rewrite import packed, sparse
 from rnnprune_cli.rewrite.build import MIN_IR_INITIALIZERS, Builder, value_names
 from rnnprune_cli.rewrite.place import Placer, lazy_tensor
 from rnnprune_cli.rewrite.runnable import make_runnable, obstacles
-from rnnprune_cli.runtime import BIG_MODEL_BYTES, OnnxRunner, ResizedRunner, first_line
+from rnnprune_cli.runtime import BIG_MODEL_BYTES, CPU, OnnxRunner, ResizedRunner, first_line
 
 Values = Mapping[str, Callable[[], Array]]
 
@@ -182,9 +182,9 @@ class OnnxModel(LoadedModel):
 
     # Running
 
-    def open(self, threads: int = 1) -> Runner:
-        """Opens the original file; see :meth:`LoadedModel.open`."""
-        return self._open(self._file, threads)
+    def open(self, threads: int = 1, providers: Sequence[str] = CPU) -> Runner:
+        """Opens the original file, with execution providers; see :meth:`LoadedModel.open`."""
+        return self._open(self._file, threads, providers)
 
     def open_masked(self, stored: Values, threads: int = 1) -> Runner:
         """Opens the original graph with the inputs of its layers bound to other values.
@@ -230,13 +230,14 @@ class OnnxModel(LoadedModel):
         """Opens the written file; see :meth:`LoadedModel.reopen`."""
         return self._open(saved.path, threads)
 
-    def _open(self, path: Path, threads: int) -> Runner:
+    def _open(self, path: Path, threads: int, providers: Sequence[str] = CPU) -> Runner:
         runner: Runner
         if self._obstacles:
             model = deserialize(read_proto(path), path)
             runner = self._open_ir(model, self._inlined(model), threads)
         else:
-            runner = OnnxRunner(path, threads, self._inputs, self._outputs, self._hints, self.big)
+            specs = self._inputs, self._outputs, self._hints
+            runner = OnnxRunner(path, threads, *specs, self.big, providers)
         return ResizedRunner(runner, self.resized) if self.resized else runner
 
     def _executed(self, walker: Walker) -> Iterator[tuple[Located, RecurrentLayer]]:
@@ -502,7 +503,8 @@ class OnnxModel(LoadedModel):
     def count(self) -> ParameterCount:
         """Counts floating-point weights; see :meth:`LoadedModel.count`.
 
-        Constant expressions count as what they produce, equal copies of recurrent weights once.
+        Constant expressions count as what they produce, equal copies of recurrent weights once, and
+        quantized matrices (int8) as the weights that they stand for.
         """
         model = self.fresh()
         walker = Walker(model)
@@ -516,13 +518,23 @@ class OnnxModel(LoadedModel):
         parameters = nonzero = 0
         for value in _constants(model):
             tensor = stored_tensor(value)
-            if tensor is not None and id(value) not in own and tensor.dtype.is_floating_point():
+            if tensor is None or id(value) in own:
+                continue
+            quantized = tensor.dtype == ir.DataType.INT8 and len(tensor.shape) > 1
+            if quantized or tensor.dtype.is_floating_point():
                 parameters += tensor.size
                 nonzero += int(np.count_nonzero(tensor.numpy()))
         for weight in self._weights.values():
             parameters += weight.size
             nonzero += weight.nonzero
         return ParameterCount(parameters, nonzero)
+
+    def quantized_sizes(self) -> tuple[int, ...]:
+        """Returns how many weights, a byte each, the quantized LSTMs read for one step."""
+        nodes = (instance.node for instance in Walker(self.fresh()).instances())
+        weights = (n.inputs[1:3] for n in nodes if n.op_type == "DynamicQuantizeLSTM")
+        stored = (stored_tensor(value) for pair in weights for value in pair if value is not None)
+        return tuple(tensor.size for tensor in stored if tensor is not None)
 
 
 def _constants(model: ir.Model) -> Iterator[ir.Value]:

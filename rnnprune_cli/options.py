@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rnnprune_cli.checks import check_measurable
 from rnnprune_cli.cluster import worker
 from rnnprune_cli.errors import UsageError, closest
 from rnnprune_cli.load import TENSORFLOW_SUFFIXES
@@ -26,6 +27,7 @@ EXPORTS = {
 }
 """Name → summary of every export form."""
 VALUES = ("float32", "float16", "int8")
+QUANTIZE = ("int8",)
 GRANULARITIES = {
     **WEIGHT_GRANULARITIES,
     "unit": "hidden units, with all that goes with them: the model becomes smaller and faster",
@@ -74,6 +76,9 @@ class PruneOptions:
     family: tuple[float, ...] = ()
     family_of: str | None = None
     finetune: FineTune = dataclasses.field(default_factory=FineTune)
+    quantize: str | None = None
+    require: tuple[str, ...] = ()
+    strict: bool = False
 
     @property
     def trained_on(self) -> Path | None:
@@ -152,6 +157,8 @@ def complete_stage(
 def check_options(options: PruneOptions) -> None:
     """Raises UsageError if the options contradict each other."""
     check_metric(options.metric)
+    learns = options.finetune.epochs > 0  # whose validation data can be measured on
+    check_measurable(options.require, options.metric, options.data is not None or learns, None)
     for stage in options.stages:
         _check_stage(stage)
     kinds = [stage.granularity in STRUCTURES for stage in options.stages]
@@ -194,6 +201,7 @@ def check_options(options: PruneOptions) -> None:
             f"--values {options.export.values} is for packed weights",
             "use it with --export packed or --export auto",
         )
+    _check_quantize(options)
     last = options.stages[-1] if options.stages else None
     if last is not None and (options.targets or options.family):
         what = "--target" if options.targets else "--family"
@@ -212,6 +220,33 @@ def check_options(options: PruneOptions) -> None:
             f"--threads {options.threads} is not between 1 and {MAX_THREADS}",
             "more threads than cores do not make a model faster",
         )
+
+
+def _check_quantize(options: PruneOptions) -> None:
+    if options.quantize is None:
+        return
+    if options.quantize not in QUANTIZE:
+        raise UsageError(
+            f"weights cannot be quantized to '{options.quantize}'",
+            closest(options.quantize, QUANTIZE),
+        )
+    if options.export.export in ("sparse", "packed"):
+        raise UsageError(
+            f"--export {options.export.export} is for float weights",
+            "leave it out: quantized weights are stored dense, a byte each",
+        )
+    if options.export.values != "float32":
+        raise UsageError(
+            f"--values {options.export.values} is for packed weights, --quantize for whole"
+            " operators",
+            "leave out one of them",
+        )
+    for target in (*(t.name for t in options.targets), options.family_of):
+        if target in ("bytes", "latency"):
+            raise UsageError(
+                f"target '{target}' is searched for before the model is quantized",
+                "give --sparsity, or another target: metric-drop, parameters or nonzero",
+            )
 
 
 def _check_finetune(options: PruneOptions) -> None:
@@ -402,6 +437,11 @@ def protect(source: LoadedModel, output: Path) -> None:
                     f"writing {output} would replace {path}, which belongs to the input",
                     "give another path with -o",
                 )
+
+
+def member_path(output: Path, value: float) -> Path:
+    """Returns where a member of a family goes: its value is in its name."""
+    return output.with_name(f"{output.stem}-{value:g}{output.suffix}")
 
 
 def data_file(output: Path) -> Path:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rnnprune_cli import measure
 from rnnprune_cli.apply import VERIFIED_SAMPLES, Applied, Applier, Inputs, Progress
+from rnnprune_cli.checks import check_measurable, judge
 from rnnprune_cli.cluster import helps
 from rnnprune_cli.data import Dataset, load_dataset, padded_on_the_right, varied_feeds
 from rnnprune_cli.errors import HelpedError, RnnpruneError, UsageError
@@ -32,6 +33,7 @@ from rnnprune_cli.model import (
     ExportOptions,
     Feed,
     FineTuned,
+    Latency,
     Layer,
     LayerRow,
     LoadedModel,
@@ -43,6 +45,8 @@ from rnnprune_cli.model import (
     OutputInfo,
     ParameterCount,
     Plan,
+    Quantized,
+    Ratio,
     Ratios,
     RecurrentLayer,
     RemovableUnits,
@@ -61,21 +65,27 @@ from rnnprune_cli.options import (
     check_options,
     check_output,
     data_file,
+    member_path,
     output_path,
     protect,
     scopes_of,
 )
+from rnnprune_cli.pictures import pictures
 from rnnprune_cli.save import provenance
 from rnnprune_cli.search import DROP, Search, checked, checked_target
 from rnnprune_cli.sensitivity import advised, curves, divided, measurable
 from rnnprune_cli.tensorflow.store import check_dense
 from rnnprune_cli.timing import interleaved_latency
+from rnnprune_cli.unchanged import key_of
 from rnnprune_cli.verify import require, run_all, verify_same, verify_weights
 from rnnprune_cli.weights import distinct_weights
 
 if TYPE_CHECKING:
+    from rnnprune_cli.quantize import QuantizedFile
     from rnnprune_cli.trainer.export import Exporter
 
+_SLOWER = 1.02
+"""Latency ÷ latency above which quantizing is said to make a model slower."""
 LOOK = Stage("magnitude", "weight", "row", 0.0)
 """A stage that does nothing, for a look at a model as ``prune`` sees it."""
 
@@ -170,6 +180,8 @@ def opened(options: PruneOptions, output_format: str, progress: Progress) -> Ite
         if not options.stages:
             _require_lifts(base)
         require_layers(base)
+        if options.quantize is not None:
+            _require_quantizable(base)
         exporter = None
         if output_format == "savedmodel" and base.format == "onnx":
             from rnnprune_cli.trainer.export import Exporter
@@ -223,7 +235,10 @@ def prune(options: PruneOptions, arguments: Mapping[str, Any], progress: Progres
     output, output_format = checked_output(options)
     with opened(options, output_format, progress) as session:
         protect(session.source, output)
-        return _finished(session, options, output, arguments)
+        _check_labels(session)
+        key = session.pool.submit(key_of, options)
+        report = _finished(session, options, output, arguments)
+        return dataclasses.replace(report, key=key.result())
 
 
 def prune_family(
@@ -248,6 +263,8 @@ def prune_family(
     reports = []
     with opened(options, places[0][1], progress) as session:
         session.applier.keep = True
+        _check_labels(session)
+        key = session.pool.submit(key_of, options)
         for value, member, (output, _) in zip(values, members, places, strict=True):
             protect(session.source, output)
 
@@ -260,7 +277,7 @@ def prune_family(
             except HelpedError:
                 if member is members[-1]:
                     raise
-    return tuple(reports)
+    return tuple(dataclasses.replace(report, key=key.result()) for report in reports)
 
 
 def _member(options: PruneOptions, value: float) -> PruneOptions:
@@ -272,8 +289,17 @@ def _member(options: PruneOptions, value: float) -> PruneOptions:
     else:
         targets = (*targets, checked_target(Target(target, value)))
     output, _ = output_path(options.model, options.output, rebuilds=options.rebuilds)
-    named = output.with_name(f"{output.stem}-{value:g}{output.suffix}")
+    named = member_path(output, value)
     return dataclasses.replace(options, stages=stages, targets=targets, output=named, family=())
+
+
+def _check_labels(session: Opened) -> None:
+    """Raises UsageError, before the work, for requirements on a metric that the data have not."""
+    options = session.options
+    if options.require:
+        data = session.inputs.data
+        labels = data is not None and bool(data.targets)
+        check_measurable(options.require, options.metric, data is not None, labels)
 
 
 def _finished(
@@ -293,6 +319,7 @@ def _finished(
         if options.targets and report.before.metrics:
             lost = drop(report.before.metrics, report.after.metrics)
         checks = checked(options.targets, report.ratios, lost)
+        required = judge(report, options.require, options.strict)
         warnings = [
             f"measured again at the end: {check.expression} is missed ({check.actual:.3g})"
             for check in checks
@@ -300,7 +327,7 @@ def _finished(
         ]
         report = dataclasses.replace(
             report,
-            checks=checks,
+            checks=(*checks, *required),
             sensitivity=planned.curves,
             trials=planned.trials,
             warnings=(*report.warnings, *warnings),
@@ -485,6 +512,11 @@ def checked_output(options: PruneOptions) -> tuple[Path, str]:
             "--include is for ONNX models",
             f"give an output with -o {options.model.resolve().name}.onnx: the model is converted",
         )
+    if options.quantize is not None and output_format != "onnx":
+        raise UsageError(
+            "only ONNX models are quantized: onnxruntime does it",
+            f"give an output with -o {options.model.resolve().name}.onnx: the model is converted",
+        )
     if helps(options.finetune):
         return output, output_format
     check_output(options, output, output_format)
@@ -508,6 +540,9 @@ class Written:
     count: ParameterCount
     files: Future[_Files]
     reopen: Callable[[], Runner]
+    floats: Written | None = None
+    """What was quantized, if anything was."""
+    quantized: QuantizedFile | None = None
 
     def report(self, arguments: Mapping[str, Any]) -> Report:
         """Compares it with the original, measures both, and says all there is to say."""
@@ -528,6 +563,9 @@ class Written:
         quality = _quality(run)
         session.progress("timing")
         before, now, ratios, warnings = _measured(run, quality, files_before, files_after)
+        quantized = self._quantized(run, now, quality.asked)
+        if quantized is not None:
+            warnings += tuple(_slower(quantized))
         source, base, model = session.source, session.base, applied.model
         return Report(
             arguments=dict(arguments),
@@ -545,7 +583,7 @@ class Written:
                 (*model.layers, *applied.others),
                 saved,
                 self.nonzero,
-                applied.blocked,
+                applied,
             ),
             skipped=model.skipped,
             before=before,
@@ -570,6 +608,41 @@ class Written:
             units=applied.units,
             states=applied.states,
             repairs=applied.repairs,
+            quantized=quantized,
+        )
+
+    def _quantized(self, run: _Run, after: Measurement, asked: bool) -> Quantized | None:
+        """Tells what quantizing did from what pruning did: measures the float model by itself."""
+        made, floats = self.quantized, self.floats
+        if made is None or floats is None:
+            return None
+        self.session.progress("comparing the quantized model with the pruned one")
+        own = dataclasses.replace(
+            run,
+            saved=floats.saved,
+            nonzero=floats.nonzero,
+            counts=(run.counts[0], floats.count),
+            reopen=floats.reopen,
+        )
+        quality = None if run.data is None else run.inputs.quality(run.data)
+        metrics = () if quality is None else quality.of(own.pruned)
+        fidelity = _differences(run, own.pruned, run.pruned)
+        self.session.progress("timing both")
+        latency, _, ratio = interleaved_latency(
+            (floats.reopen, self.reopen),
+            run.feeds[0] if run.data is None else run.data.feed(0, 1),
+            run.options.latency_seconds,
+            not run.source.big,
+            run.options.seed,
+        )
+        before = _measurement(own, floats.files.result(), latency, metrics, asked)
+        return Quantized(
+            str(run.options.quantize),
+            before,
+            _ratios(before, after, ratio),
+            fidelity,
+            made.operators,
+            made.left,
         )
 
     def move(self) -> None:
@@ -592,11 +665,12 @@ def written(session: Opened, applied: Applied, output: Path, plan: Plan) -> Iter
     """
     model, progress, inputs = applied.model, session.progress, session.inputs
     threads, exporter, note = session.options.threads, session.exporter, provenance(plan)
+    quantize = session.options.quantize is not None
     changed = model is not session.source
     count = model.count() if changed else session.count  # before runtimes hold copies
     with _folder_beside(output) as folder:
         progress(f"writing {output.name}")
-        plain = exporter is not None or not applied.pruned
+        plain = exporter is not None or quantize or not applied.pruned
         form = ExportOptions("dense") if plain else session.options.export
         name = output.name if exporter is None else f"{output.name}.onnx"
         saved = model.save(applied.pruned, folder, name, form, note)
@@ -628,9 +702,44 @@ def written(session: Opened, applied: Applied, output: Path, plan: Plan) -> Iter
             require(claims)
             saved, count, reopen = exported.saved, exported.count(), exported.open
             described = session.pool.submit(_describe, saved.files)
-        yield Written(
+        made = Written(
             session, applied, plan, output, folder, saved, nonzero, claims, count, described, reopen
         )
+        if quantize:
+            progress(f"quantizing {output.name}")
+            made = _quantized_copy(made)
+        yield made
+
+
+def _quantized_copy(floats: Written) -> Written:
+    """Writes a quantized copy beside a model that was written and verified; verifies it, too."""
+    from rnnprune_cli.onnx_model import OnnxModel
+    from rnnprune_cli.quantize import quantize
+
+    session, model = floats.session, floats.applied.model
+    assert isinstance(model, OnnxModel)
+    options = session.options
+    folder = floats.folder / "quantized"
+    folder.mkdir()
+    note = provenance(floats.plan, options.quantize)
+    made = quantize(model, floats.saved, folder, note, session.inputs.feeds, options.threads)
+    require(made.claims)
+    return dataclasses.replace(
+        floats,
+        saved=made.saved,
+        nonzero={**floats.nonzero, **made.nonzero},
+        claims=(*floats.claims, *made.claims),
+        count=dataclasses.replace(
+            floats.count,
+            nonzero=floats.count.nonzero
+            - made.float_nonzero
+            + sum(sum(counts) for counts in made.nonzero.values()),
+        ),
+        files=session.pool.submit(_describe, made.saved.files),
+        reopen=made.reopen,
+        floats=floats,
+        quantized=made,
+    )
 
 
 @contextlib.contextmanager
@@ -763,6 +872,15 @@ def _require_lifts(model: LoadedModel) -> None:
     )
 
 
+def _require_quantizable(model: LoadedModel) -> None:
+    """Raises RnnpruneError if nothing in a model can be quantized: better now than after all."""
+    from rnnprune_cli.onnx_model import OnnxModel
+    from rnnprune_cli.quantize import require_quantizable
+
+    assert isinstance(model, OnnxModel)
+    require_quantizable(model)
+
+
 def require_layers(model: LoadedModel) -> None:
     """Raises RnnpruneError if nothing in a model can be pruned, with the first reason."""
     if model.layers:
@@ -795,7 +913,7 @@ def _layer_rows(
     after: Sequence[Layer],
     saved: Saved,
     nonzero: Mapping[str, tuple[int, ...]],
-    blocked: Mapping[str, str],
+    applied: Applied,
 ) -> tuple[LayerRow, ...]:
     rows = []
     now = {layer.name: layer for layer in after}
@@ -818,7 +936,7 @@ def _layer_rows(
                 nonzero_after=left,
                 sparsity=1 - left / size_before,
                 stored=tuple(saved.exports.get(w.name, "dense") for w in weights),
-                blocked=blocked.get(old.name),
+                blocked=applied.blocked.get(old.name),
                 gates={
                     letter: 1 - sum(c[k] for c in counts) * old.w.gates / size_before
                     for k, letter in enumerate(
@@ -827,7 +945,14 @@ def _layer_rows(
                 },
             )
         )
-    return tuple(rows)
+    seen = pictures(
+        [layer for layer in before if isinstance(layer, RecurrentLayer)],
+        [layer for layer in after if isinstance(layer, RecurrentLayer)],
+        {**applied.pruned, **saved.stored},
+        applied.units,
+        {row.name: row.nonzero_after for row in rows},
+    )
+    return tuple(dataclasses.replace(row, pictures=seen.get(row.name, ())) for row in rows)
 
 
 # Verifying and measuring
@@ -916,22 +1041,28 @@ class _Quality:
 
 
 def _quality(run: _Run) -> _Quality:
-    outputs, data = run.original.outputs, run.data
+    data = run.data
     quality = None if data is None else run.inputs.quality(data)
     if quality is None:
-        comparison = Comparison(outputs)
-        given: Iterable[tuple[Feed, BoolArray | None]] = ((feed, None) for feed in run.feeds)
-        if data is not None:
-            given = ((data.feed(*some), data.valid(*some)) for some in data.batches(BATCH))
-        for feed, valid in given:
-            names = [o.name for o in outputs]
-            one, two = (run_all(r, [feed], names)[0] for r in (run.original, run.pruned))
-            comparison.add(one, two, valid)
-        return _Quality((), (), False, comparison.rows())
+        return _Quality((), (), False, _differences(run, run.original, run.pruned))
     after, comparison = quality.compared(run.pruned)
     named = any(name in LABEL_FREE for name in parse_metrics([run.options.metric]).values())
     asked = named or (data is not None and bool(data.targets))
     return _Quality(quality.dense, after, asked, comparison.rows())
+
+
+def _differences(run: _Run, one: Runner, two: Runner) -> tuple[OutputFidelity, ...]:
+    """Returns how far apart two models are on the data, or on made-up inputs."""
+    outputs, data = run.original.outputs, run.data
+    comparison = Comparison(outputs)
+    given: Iterable[tuple[Feed, BoolArray | None]] = ((feed, None) for feed in run.feeds)
+    if data is not None:
+        given = ((data.feed(*some), data.valid(*some)) for some in data.batches(BATCH))
+    for feed, valid in given:
+        names = [o.name for o in outputs]
+        first, second = (run_all(runner, [feed], names)[0] for runner in (one, two))
+        comparison.add(first, second, valid)
+    return comparison.rows()
 
 
 @dataclass(frozen=True)
@@ -963,8 +1094,7 @@ def _measured(
     latency_before, latency_after, ratio = interleaved_latency(
         openers, feed, options.latency_seconds, reopen, options.seed
     )
-    weights, left = distinct_weights(run.base.layers), distinct_weights(run.model.layers)
-    nonzero_after = sum(sum(run.nonzero.get(w.name, w.nonzero_by_gate)) for w in left)
+    weights = distinct_weights(run.base.layers)
     before = Measurement(
         parameters=run.counts[0].parameters,
         nonzero=run.counts[0].nonzero,
@@ -977,34 +1107,54 @@ def _measured(
         metric=quality.before[0] if quality.asked else None,
         metrics=quality.before,
     )
-    after = Measurement(
+    after = _measurement(run, files_after, latency_after, quality.after, quality.asked)
+    estimated = files_before.gzip_estimated or files_after.gzip_estimated
+    return before, after, _ratios(before, after, ratio), tuple(_advice(run, estimated))
+
+
+def _measurement(
+    run: _Run, files: _Files, latency: Latency, metrics: tuple[MetricValue, ...], asked: bool
+) -> Measurement:
+    """Returns the figures of the written model."""
+    left = distinct_weights(run.model.layers)
+    return Measurement(
         parameters=run.counts[1].parameters,
         nonzero=run.counts[1].nonzero,
         recurrent_parameters=sum(w.size for w in left),
-        recurrent_nonzero=nonzero_after,
-        bytes=files_after.bytes,
-        gzip_bytes=files_after.gzip_bytes,
+        recurrent_nonzero=sum(sum(run.nonzero.get(w.name, w.nonzero_by_gate)) for w in left),
+        bytes=files.bytes,
+        gzip_bytes=files.gzip_bytes,
         macs_per_step=sum(layer.macs_per_step for layer in run.model.layers),
-        latency_ms=latency_after,
-        metric=quality.after[0] if quality.asked else None,
-        metrics=quality.after,
+        latency_ms=latency,
+        metric=metrics[0] if asked else None,
+        metrics=metrics,
     )
-    ratios = Ratios(
+
+
+def _ratios(before: Measurement, after: Measurement, latency: Ratio) -> Ratios:
+    return Ratios(
         parameters=after.parameters / max(before.parameters, 1),
         nonzero=after.nonzero / max(before.nonzero, 1),
         bytes=after.bytes / before.bytes,
         gzip_bytes=after.gzip_bytes / before.gzip_bytes,
-        latency=ratio,
+        latency=latency,
     )
-    estimated = files_before.gzip_estimated or files_after.gzip_estimated
-    return before, after, ratios, tuple(_advice(run, estimated))
+
+
+def _slower(quantized: Quantized) -> Iterator[str]:
+    latency = quantized.ratios.latency
+    if latency is not None and latency.low > _SLOWER:
+        yield (
+            f"quantizing makes the pruned model slower ({latency.median:.2f} times its latency):"
+            " leave out --quantize unless its size matters more"
+        )
 
 
 def _advice(run: _Run, gzip_estimated: bool) -> Iterator[str]:
     stages = run.options.stages
     removing = [stage for stage in stages if stage.sparsity > 0]
     for stage in stages:
-        if stage.sparsity == 0 and not stage.include:
+        if stage.sparsity == 0 and not stage.include and run.options.quantize is None:
             what = f"{stage.granularity}s" if stage.granularity in STRUCTURES else "weights"
             yield f"sparsity 0 removes nothing; give --sparsity 0.5 to remove half of the {what}"
     for stage in stages:
@@ -1025,7 +1175,8 @@ def _advice(run: _Run, gzip_estimated: bool) -> Iterator[str]:
             "the data has no labels, so outputs were only held against the original's: add an array"
             " 'labels' for a metric"
         )
-    if removing and run.options.masks and run.options.export.export == "dense":
+    plain = run.options.export.export == "dense" and run.options.quantize is None
+    if removing and run.options.masks and plain:
         yield "zeros are stored like any weight: --export packed makes the file smaller"
     learns = any(s.compensate or find_method(s.method).needs_data for s in removing)
     if learns and run.data is not None and run.inputs.calibration is run.data:

@@ -38,7 +38,7 @@ from rnnprune_cli import __version__
 from rnnprune_cli.errors import RnnpruneError, UsageError, closest
 from rnnprune_cli.model import Report, Stage, Target
 from rnnprune_cli.options import PruneOptions, complete_stage, data_file
-from rnnprune_cli.report.json import SCHEMA_VERSION
+from rnnprune_cli.report.read import MAX_REPORT_BYTES, check_version, parsed
 from rnnprune_cli.save import check_writable, write_text
 
 if sys.version_info >= (3, 11):
@@ -49,7 +49,6 @@ else:
 VERSION = 1
 """Of the format of recipes."""
 MAX_RECIPE_BYTES = 1 << 20
-MAX_REPORT_BYTES = 32 << 20
 _MAX_SQUARED_DOTS = 4_000_000
 KEYS: Mapping[str, str] = {
     "model": "model",
@@ -63,6 +62,7 @@ KEYS: Mapping[str, str] = {
     "trials": "trials",
     "export": "export.export",
     "values": "export.values",
+    "quantize": "quantize",
     "finetune": "finetune.epochs",
     "train": "finetune.train",
     "validation": "finetune.validation",
@@ -81,6 +81,8 @@ KEYS: Mapping[str, str] = {
     "signature": "signature",
     "assume-right-padding": "right_padding",
     "threads": "threads",
+    "require": "require",
+    "strict": "strict",
 }
 """Key for the whole run → field of :class:`PruneOptions`, with a dot a field of that field."""
 STAGE_KEYS: Mapping[str, str] = {
@@ -102,6 +104,7 @@ COMMAND_LINE_ONLY = (
     "report",
     "resume",
     "save-recipe",
+    "skip-if-unchanged",
     "strategy",
     "verbose",
 )
@@ -213,9 +216,9 @@ def read_recipe(path: Path) -> Recipe:
     """
     suffix = path.suffix.lower()
     if suffix == ".toml":
-        return _recipe(path, _parsed(path, "TOML", MAX_RECIPE_BYTES, _toml))
+        return _recipe(path, parsed(path, "TOML", MAX_RECIPE_BYTES, _toml))
     if suffix == ".json":
-        return _report(path, _parsed(path, "JSON", MAX_REPORT_BYTES, json.loads))
+        return _report(path, parsed(path, "JSON", MAX_REPORT_BYTES, json.loads))
     raise UsageError(
         f"{path} is neither a recipe (.toml) nor a report (.json)",
         "to compress a model without a recipe: rnnprune prune MODEL",
@@ -310,37 +313,6 @@ def targets_of(
     return limits, bare[0] if bare else None
 
 
-def _parsed(path: Path, language: str, limit: int, parse: Callable[[str], Any]) -> Any:  # noqa: ANN401  any JSON or TOML value
-    """Reads a file of limited size."""
-    if not path.exists():
-        raise RnnpruneError(f"{path} does not exist", "check the path of the recipe or report")
-    if not path.is_file():
-        raise RnnpruneError(f"{path} is no file", "give the path of a recipe or report")
-    try:
-        with path.open("rb") as file:
-            content = file.read(limit + 1)
-    except OSError as error:
-        raise RnnpruneError(
-            f"{path} cannot be read: {error.strerror}", "check its rights"
-        ) from error
-    if len(content) > limit:
-        raise RnnpruneError(
-            f"{path} is larger than {limit >> 20} MiB", "it is no recipe or report of rnnprune"
-        )
-    try:
-        return parse(content.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise RnnpruneError(f"{path} is not UTF-8 text", "save it as UTF-8") from error
-    except ValueError as error:
-        raise RnnpruneError(
-            f"{path} is not {language}: {error}", "correct it where the message says"
-        ) from error
-    except RecursionError as error:
-        raise RnnpruneError(
-            f"{path} nests too deeply", "it is no recipe or report of rnnprune"
-        ) from error
-
-
 def _toml(text: str) -> Any:  # noqa: ANN401  any TOML value
     """Parses TOML, but no keys of thousands of parts, which take tomllib gigabytes."""
     if sum(line.count(".") ** 2 for line in text.split("\n")) > _MAX_SQUARED_DOTS:
@@ -400,17 +372,8 @@ def _recipe(path: Path, document: Mapping[str, Any]) -> Recipe:
 
 
 def _report(path: Path, document: Any) -> Recipe:  # noqa: ANN401  any JSON value
-    if not isinstance(document, dict) or "schema_version" not in document:
-        raise RnnpruneError(
-            f"{path} is no report of rnnprune", "give what --report wrote, or a recipe (.toml)"
-        )
-    if document["schema_version"] != SCHEMA_VERSION:
-        raise RnnpruneError(
-            f"{path} is a report of schema_version {_shown(document['schema_version'])};"
-            f" this rnnprune reads {SCHEMA_VERSION}",
-            "take the version of rnnprune that wrote it",
-        )
-    if document.get("status") != "ok":
+    check_version(document, str(path))
+    if document.get("status") not in ("ok", "unchanged"):
         raise RnnpruneError(
             f"{path} is the report of a run that failed",
             "only what came to its end can be repeated: give another report, or a recipe",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,14 @@ import onnxruntime as ort
 from rnnprune_cli.errors import RnnpruneError
 from rnnprune_cli.model import Array, BoolArray, Feed, Runner, TensorSpec, compress
 
+CPU = ("CPUExecutionProvider",)
+"""Execution provider that every onnxruntime has."""
 BIG_MODEL_BYTES = 512 << 20
 """From here on weights are used where they lie in the file, not re-packed in memory."""
 
 
 class OnnxRunner(Runner):
-    """An onnxruntime session on the CPU.
+    """An onnxruntime session.
 
     Args:
         model: Path of the model, or its serialized bytes.
@@ -27,6 +29,7 @@ class OnnxRunner(Runner):
         outputs: Output specifications.
         hints: Sizes that the graph insists on; see :attr:`Runner.size_hints`.
         big: Skip weight pre-packing, which holds a second copy of every weight.
+        providers: Execution providers, the preferred one first.
 
     Raises:
         RnnpruneError: If onnxruntime refuses the model.
@@ -40,6 +43,7 @@ class OnnxRunner(Runner):
         outputs: tuple[TensorSpec, ...],
         hints: tuple[int, ...] = (),
         big: bool = False,
+        providers: Sequence[str] = CPU,
     ) -> None:
         self.inputs = inputs
         self.size_hints = hints
@@ -54,7 +58,7 @@ class OnnxRunner(Runner):
             self._session: Any = ort.InferenceSession(
                 str(model) if isinstance(model, Path) else model,
                 options,
-                providers=["CPUExecutionProvider"],
+                providers=[*providers],
             )
         except Exception as error:  # onnxruntime raises many unrelated types
             raise RnnpruneError(

@@ -52,12 +52,20 @@ def _umask() -> int:
     return current
 
 
-def provenance(plan: Plan) -> str:
-    """Returns what a written model says of where it comes from."""
+def provenance(plan: Plan, quantize: str | None = None) -> str:
+    """Returns what a written model says of where it comes from.
+
+    Args:
+        plan: How it was pruned.
+        quantize: What it was quantized to.
+    """
     fields = dataclasses.asdict(plan)
     if plan.finetune is None:
         del fields["finetune"]
     else:  # where things lie is nobody's business
         own = fields["finetune"]
         fields["finetune"] = {k: v for k, v in own.items() if k not in _PLACES}
-    return json.dumps({"version": __version__, "plan": fields}, sort_keys=True)
+    note = {"version": __version__, "plan": fields}
+    if quantize is not None:
+        note["quantize"] = quantize
+    return json.dumps(note, sort_keys=True)

@@ -1,7 +1,8 @@
 """How long models take, measured side by side in one process.
 
 1. Rounds: every model is opened anew, where that is cheap, so that where it happens to lie in
-   memory averages out; it is warmed up, and then all are called in turns, in random order.
+   memory averages out; it is warmed up, and then all are called in turns. The order is random,
+   that of opening, too: what is opened first lies elsewhere than what is opened last.
 2. A round gives one ratio of medians. Whatever slows the machine down for a while slows both
    models down, and whatever does so for one call does not move a median.
 3. The ratio is the Hodges-Lehmann estimate over rounds, its interval that of Wilcoxon's signed-rank
@@ -31,6 +32,8 @@ Progress = Callable[[str], None]
 
 MIN_ROUNDS = 6
 """Fewer have no interval of 95 %."""
+ENOUGH_ROUNDS = 12
+"""From here on it may end because intervals are narrow: models should lie in several places."""
 USUAL_ROUNDS = 16
 """Into so many the time is divided."""
 MAX_ROUNDS = 400
@@ -117,23 +120,28 @@ def interleaved(
     generator = np.random.default_rng(seed)
     found: list[list[Array]] = [[] for _ in openers]
     opened: list[list[float]] = [[] for _ in openers]
-    begin, look, every, turns = time.perf_counter(), MIN_ROUNDS, 1, 0
+    begin, look, every, turns = time.perf_counter(), ENOUGH_ROUNDS, 1, 0
     running: list[_Running] = []
     with _no_collection():
         while len(found[0]) < MAX_ROUNDS:
             if len(found[0]) % every == 0:
                 running = []  # before others are opened
-                for number, (opener, feed) in enumerate(zip(openers, feeds, strict=True)):
+                runners: dict[int, Runner] = {}
+                for number in generator.permutation(len(openers)):
                     start = time.perf_counter()
-                    runner = opener()
+                    runners[number] = openers[number]()
                     opened[number].append(time.perf_counter() - start)
-                    running.append(_Running(runner, feed, budget.seconds))
+                running = [
+                    _Running(runners[number], feed, budget.seconds)
+                    for number, feed in enumerate(feeds)
+                ]
                 if not turns:
-                    own = budget.seconds / USUAL_ROUNDS
+                    own = max(budget.seconds / USUAL_ROUNDS, 1e-9)
                     turn = sum(model.seconds for model in running)
                     turns = int(np.clip(own / max(turn, 1e-9), 1, MAX_TURNS))
                     longest = sum(times[0] for times in opened)
-                    every = max(1, round(2 * longest / own)) if reopen else MAX_ROUNDS
+                    seldom = min(max(1, round(2 * longest / own)), MAX_ROUNDS)
+                    every = seldom if reopen else MAX_ROUNDS
             samples = np.empty((turns, len(running)))
             for row in samples:
                 for number in generator.permutation(len(running)):

@@ -93,7 +93,7 @@ def test_a_model_without_recurrence_says_so(prune_model):
         ("ts_cell_step", "an LSTM cell is written out"),
         ("ts_grucell_unrolled", "a GRU cell is written out"),
         ("dyn_rnn_tanh", "unrolled recurrence"),
-        ("int8_ts_lstm_streaming", "already quantized"),
+        ("int8_ts_lstm_streaming", "quantized already"),
         ("hand_w_graph_inputs", "is a graph input"),
     ],
 )

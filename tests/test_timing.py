@@ -108,7 +108,7 @@ def test_it_ends_when_intervals_are_narrow_and_not_before(clock):
         ratio = timing.ratio(*samples.rounds)
         assert (ratio.high - ratio.low) / ratio.median < precision
     constant = interleaved([1e-3, 1e-3], clock, Budget(60.0, 0.02))
-    assert len(constant.rounds[0]) == timing.MIN_ROUNDS
+    assert len(constant.rounds[0]) == timing.ENOUGH_ROUNDS
 
 
 def test_what_slows_the_machine_down_for_a_while_does_not_count(clock):
@@ -206,7 +206,7 @@ def test_the_interval_holds_the_ratio_though_it_stops_when_narrow(noise):
     """Of 1,000 measurements at least 940 intervals hold the truth; 950 are promised."""
     generator, held = np.random.default_rng(7), 0
     for _ in range(1000):
-        values, rounds = NOISES[noise](generator, 60), timing.MIN_ROUNDS
+        values, rounds = NOISES[noise](generator, 60), timing.ENOUGH_ROUNDS
         while True:
             _, low, high = timing.signed_rank(values[:rounds])
             if np.exp(high) - np.exp(low) < 0.02 or rounds == 60:

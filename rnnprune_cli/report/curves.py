@@ -8,7 +8,8 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from rnnprune_cli.errors import printable
-from rnnprune_cli.model import Curve, SensitivityReport
+from rnnprune_cli.model import SensitivityReport
+from rnnprune_cli.report import figures
 from rnnprune_cli.report.table import plain_table, stacked, warning_lines
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -18,40 +19,37 @@ _COLOURS = ((0.01, "green"), (0.05, "yellow"))
 
 def curves_table(report: SensitivityReport) -> RenderableType:
     """Returns each layer's and gate's figures by sparsity, with a small plot, and what they say."""
-    dense = report.dense[0]
-    arrow = "↑" if dense.higher_is_better else "↓"
     head = Text.assemble(
-        (printable(report.model.path), "bold"),
-        f"   {dense.name} {arrow} {dense.value:.4f}; {report.stage.method},"
-        f" {report.stage.granularity} by {report.stage.scope}, one layer at a time",
+        (printable(report.model.path), "bold"), f"   {printable(figures.curves_title(report))}"
     )
-    parts: list[RenderableType] = [head, _figures(report.curves)]
+    parts: list[RenderableType] = [head, _curves(report)]
     if len(report.dense) > 1:
         parts.append(Text(f"loss: the largest of {len(report.dense)} outputs'"))
     parts.append(Text(report.advice))
     return stacked([*parts, *warning_lines(report.warnings)])
 
 
-def _figures(curves: Sequence[Curve]) -> RenderableType:
-    sparsities = sorted({p.sparsity for curve in curves for p in curve.points})
-    columns = ("layer", "gate", "size", *(f"{100 * s:g} %" for s in sparsities), "loss")
-    table = plain_table(*columns, right=tuple(range(2, 3 + len(sparsities))))
-    top = max((p.drop for curve in curves for p in curve.points), default=0.0)
-    for curve in curves:
-        points = {p.sparsity: p for p in curve.points}
+def _curves(report: SensitivityReport) -> RenderableType:
+    sparsities, found = figures.curve_sparsities(report), figures.curve_rows(report)
+    table = plain_table(*found.columns, "loss", right=(*found.right, len(found.columns)))
+    top = max((p.drop for curve in report.curves for p in curve.points), default=0.0)
+    for curve, row in zip(report.curves, found.rows, strict=True):
+        drops = {p.sparsity: p.drop for p in curve.points}
+        name, gate, size, *cells = row
         table.add_row(
-            curve.layer if curve.gate is None else "",
-            curve.gate or "all",
-            f"{curve.size:,}",
-            *(_cell(points[s].drop) if s in points else Text() for s in sparsities),
-            _plot([points[s].drop if s in points else None for s in sparsities], top),
+            name if curve.gate is None else "",
+            gate,
+            size,
+            *(Text(text, _colour(drops.get(s))) for s, text in zip(sparsities, cells, strict=True)),
+            _plot([drops.get(s) for s in sparsities], top),
         )
     return Group(table)
 
 
-def _cell(drop: float) -> Text:
-    colour = next((name for limit, name in _COLOURS if drop <= limit), "red")
-    return Text(f"{100 * drop:+.1f} %", colour)
+def _colour(drop: float | None) -> str:
+    if drop is None:
+        return ""
+    return next((name for limit, name in _COLOURS if drop <= limit), "red")
 
 
 def _plot(drops: Sequence[float | None], top: float) -> Text:

@@ -5,13 +5,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rnnprune_cli import __version__
 from rnnprune_cli.errors import RnnpruneError
 from rnnprune_cli.methods import Method
-from rnnprune_cli.model import LoadedModel, OtherLayer, RemovableUnits, Report, SensitivityReport
+from rnnprune_cli.model import (
+    BenchReport,
+    CheckReport,
+    LoadedModel,
+    OtherLayer,
+    RemovableUnits,
+    Report,
+    SensitivityReport,
+)
 
 SCHEMA_VERSION = 1
 
@@ -21,18 +30,33 @@ def header() -> dict[str, Any]:
     return {"schema_version": SCHEMA_VERSION, "tool": {"name": "rnnprune", "version": __version__}}
 
 
-def report_document(report: Report) -> dict[str, Any]:
-    """Returns the document of a run that came to its end."""
+def report_document(report: Report, status: str = "ok") -> dict[str, Any]:
+    """Returns the document of a run that came to its end.
+
+    Args:
+        report: What it has to say.
+        status: ``ok``, or ``unchanged`` if an earlier run had done it all.
+    """
     fields = dataclasses.asdict(report)
     fields["fidelity"] = {"outputs": fields["fidelity"]}
     arguments = fields.pop("arguments")
-    return {**header(), "arguments": arguments, "status": "ok", **fields}
+    start = {**header(), "arguments": arguments, "status": status, "passed": passed(report)}
+    return {**start, **fields}
 
 
-def family_document(reports: Sequence[Report], arguments: Mapping[str, Any]) -> dict[str, Any]:
+def passed(report: Report) -> bool:
+    """Tells whether all that ``--require`` asked for holds; a missed target is a warning."""
+    required = {"".join(text.split()) for text in report.arguments.get("require") or ()}
+    return all(check.passed for check in report.checks if check.expression in required)
+
+
+def family_document(
+    reports: Sequence[Report], arguments: Mapping[str, Any], status: str = "ok"
+) -> dict[str, Any]:
     """Returns the document of a family of models."""
-    models = [report_document(report) for report in reports]
-    return {**header(), "arguments": dict(arguments), "status": "ok", "models": models}
+    models = [report_document(report, status) for report in reports]
+    start = {**header(), "arguments": dict(arguments), "status": status}
+    return {**start, "passed": all(map(passed, reports)), "models": models}
 
 
 def sensitivity_document(report: SensitivityReport) -> dict[str, Any]:
@@ -40,6 +64,21 @@ def sensitivity_document(report: SensitivityReport) -> dict[str, Any]:
     fields = dataclasses.asdict(report)
     arguments = fields.pop("arguments")
     return {**header(), "arguments": arguments, "status": "ok", **fields}
+
+
+def bench_document(report: BenchReport) -> dict[str, Any]:
+    """Returns the document of a benchmark."""
+    fields = dataclasses.asdict(report)
+    arguments = fields.pop("arguments")
+    held = all(check.passed for check in report.checks)
+    return {**header(), "arguments": arguments, "status": "ok", "passed": held, **fields}
+
+
+def check_document(report: CheckReport) -> dict[str, Any]:
+    """Returns the document of what was judged."""
+    fields = dataclasses.asdict(report)
+    arguments = fields.pop("arguments")
+    return {**header(), "arguments": arguments, "status": "ok", "passed": report.passed, **fields}
 
 
 def error_document(error: RnnpruneError, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,7 +165,12 @@ def methods_document(
 
 def render(document: Mapping[str, Any]) -> str:
     """Returns a document as text; figures that JSON cannot hold become null."""
-    return json.dumps(_plain(document), indent=2, ensure_ascii=False)
+    text = json.dumps(_plain(document), indent=2, ensure_ascii=False)
+    return _NUMBERS.sub(lambda numbers: f"[{' '.join(numbers[1].split())}]", text)
+
+
+_NUMBERS = re.compile(r"\[\n\s+([-+.\deE,\s]+?)\n\s+\]")
+"""A list of numbers; inside a string there is no line break."""
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401  any JSON value
