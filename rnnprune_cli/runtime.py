@@ -65,6 +65,13 @@ class OnnxRunner(Runner):
                 f"onnxruntime cannot load the model: {first_line(error)}",
                 "it must run on stock onnxruntime to be verified; check its operators and opset",
             ) from error
+        running = self._session.get_providers()
+        if providers[0] not in running:  # it falls back to others without a word
+            raise RnnpruneError(
+                f"execution provider '{providers[0]}' does not start: onnxruntime took"
+                f" {', '.join(running)}",
+                "check that its libraries and the device are there",
+            )
         self._names = [o.name for o in outputs]
 
     def run(self, feed: Feed) -> list[Array]:
