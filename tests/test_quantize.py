@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +19,10 @@ from onnx import TensorProto, helper, numpy_helper
 from rnnprune_cli import quantize
 from rnnprune_cli.errors import ExitCode, NotEquivalentError, RnnpruneError, UsageError
 from rnnprune_cli.load import load
-from rnnprune_cli.model import ExportOptions, Report, Stage, Target
+from rnnprune_cli.model import ExportOptions, Ratio, Report, Stage, Target
 from rnnprune_cli.onnx_model import OnnxModel
 from rnnprune_cli.options import PruneOptions
-from rnnprune_cli.pipeline import prune, prune_family
+from rnnprune_cli.pipeline import _quantized_advice, prune, prune_family
 from rnnprune_cli.recipe import read_recipe, save_recipe
 from rnnprune_cli.report.json import report_document
 
@@ -371,6 +374,18 @@ def test_the_metric_of_the_pruned_model_is_reported_too(tmp_path):
     assert figures[2] != figures[1]
 
 
+def test_where_quantizing_does_not_pay_the_report_says_so(tmp_path):
+    report = quantized(tmp_path, head("LSTM"), Stage("magnitude", "weight", "row", 0.9))
+    assert any("take less room without --quantize" in warning for warning in report.warnings)
+    for low, said in ((1.1, True), (0.9, False)):
+        latency = Ratio(1.2, low, 1.3)
+        ratios = dataclasses.replace(report.quantized.ratios, latency=latency)
+        own = dataclasses.replace(report.quantized, ratios=ratios)
+        advice = list(_quantized_advice(own, report.before))
+        assert any("slower" in warning for warning in advice) == said
+        assert not any("less room" in warning for warning in advice)
+
+
 # -- what is left ---------------------------------------------------------------------------------
 
 
@@ -634,4 +649,20 @@ def test_what_makes_no_sense_with_it_is_refused(tmp_path, more, words):
     with pytest.raises(UsageError, match=words) as caught:
         quantized(tmp_path, head("LSTM"), **more)
     assert caught.value.hint
+    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_on_the_command_line_a_gru_alone_ends_with_3_and_one_json_document(tmp_path):
+    onnx.save(head("GRU", dense=False), tmp_path / "model.onnx")
+    words = ["prune", "model.onnx", "-s", "0.5", "--quantize", "int8", "--format", "json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "rnnprune_cli.cli", *words, "--quiet"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == ExitCode.UNSUPPORTED
+    assert "no quantized GRU" in json.loads(done.stdout)["error"]["message"]
+    assert "--values int8" in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
