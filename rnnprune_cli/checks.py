@@ -42,6 +42,8 @@ TOLERANCE = 0.005
 """How much worse than the baseline a figure without noise may be."""
 SIGNIFICANT = 0.01
 """Chance of a false alarm that is accepted for all latencies of a report together."""
+BUSY = 0.1
+"""Width of the interval of a model against itself from which on a machine is called busy."""
 LEAST_ROUNDS = 5
 """Fewer figures cannot differ significantly."""
 BLOCK = 10
@@ -116,6 +118,7 @@ _UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 1 << 10, "MiB": 1 << 2
 _FORM = re.compile(r"\s*([\w-]+?)\s*(<=|>=|<|>)\s*([-+.\w]*?)\s*([KMG]?i?B)?\s*", re.ASCII)
 _NEW_BASELINE = "if that is meant, save this report as the new baseline"
 
+_JUDGEABLE = (Report, BenchReport, tuple)
 Judged = Report | Sequence[Report] | BenchReport
 """Reports that hold figures of models; several are those of a family."""
 
@@ -383,10 +386,13 @@ def judge(report: Judged, expressions: Sequence[str], strict: bool = False) -> t
 
     Raises:
         UsageError: If a requirement makes no sense, or the report does not measure such a figure.
+        RnnpruneError: If there is no model in the report.
     """
     known = OF_BENCH if isinstance(report, BenchReport) else tuple(FIGURES)
     requirements = parse_requirements(expressions, known)
     subjects = _subjects(report)
+    if not subjects:
+        raise RnnpruneError("the report holds no model to judge", "give one that does")
     return tuple(
         check for r in requirements for subject in subjects for check in _judged(r, subject, strict)
     )
@@ -492,7 +498,7 @@ def _dropped(subject: _Subject) -> tuple[float, str]:
 
 
 def _worst_metric(requirement: Requirement, subject: _Subject) -> tuple[float, str]:
-    if not subject.asked:
+    if not subject.asked or not subject.metrics:
         return math.nan, "there is no metric: give --data with an array 'labels'"
     wrong = [m for m in subject.metrics if m.higher_is_better != requirement.least]
     if wrong:
@@ -547,6 +553,8 @@ def compare(
     for name in {s.name: s for s in subjects}.keys() ^ old.keys():
         where = "report" if name in old else "baseline"
         comparison.leave_out(f"model '{name}'", f"it is not in the {where}")
+    for which, one in (("report", report), ("baseline", baseline)):
+        comparison.noise(which, one)
     machines = _environment(report), _environment(baseline)
     for new, earlier in pairs:
         comparison.sizes(new, earlier)
@@ -581,6 +589,17 @@ class _Comparison:
             )
         whose = f" of {subject}" if subject else ""
         self._warnings[f"{what}{whose} is not compared with the baseline: {reason}"] = None
+
+    def noise(self, which: str, report: Judged) -> None:
+        """Says where a benchmark's reference did not even agree with itself."""
+        for control in report.controls if isinstance(report, BenchReport) else ():
+            own = control.latency
+            if not own.high - own.low <= BUSY * own.median:
+                self._warnings[
+                    f"the {which} was timed on a busy machine: {control.reference} against itself"
+                    f" gave {own.median:.3g} [{own.low:.3g}, {own.high:.3g}]; what is said of"
+                    " latency may be due to that: time it again"
+                ] = None
 
     def sizes(self, new: _Subject, old: _Subject) -> None:
         """Compares what has no noise."""
@@ -643,7 +662,8 @@ class _Comparison:
                     " change of the machine counts: give bench the original, too"
                 ] = None
             chance = chance_of_greater(one - math.log1p(self._margin), two)
-            ends = [math.exp(end) for end in shift(one, two)]
+            with np.errstate(over="ignore"):
+                ends = [float(np.exp(end)) for end in shift(one, two)]
             self._tests.append(_Test(place, chance, Ratio(*ends)))
 
     def result(self) -> tuple[tuple[Check, ...], tuple[str, ...]]:
@@ -698,10 +718,15 @@ def _other_machine(new: Mapping[str, Any], old: Mapping[str, Any]) -> str:
         if new.get(key) != old.get(key):
             return f"the {what} is another ({old.get(key)} before, {new.get(key)} now)"
     for name in ("onnxruntime", "tensorflow"):
-        one, two = (e.get("versions", {}).get(name) for e in (new, old))
+        one, two = (_version(environment, name) for environment in (new, old))
         if one != two:
             return f"the version of {name} is another ({two} before, {one} now)"
     return ""
+
+
+def _version(environment: Mapping[str, Any], name: str) -> object:
+    versions = environment.get("versions")
+    return versions.get(name) if isinstance(versions, dict) else None
 
 
 def _round_figures(timed: _Timed) -> tuple[Figures, str | None]:
@@ -711,7 +736,8 @@ def _round_figures(timed: _Timed) -> tuple[Figures, str | None]:
         below, problem = _medians(timed.reference)
         if len(below) != len(figures):
             return figures, "it was not timed side by side with the original"
-        figures = figures / below
+        with np.errstate(all="ignore"):  # what is no time is found below
+            figures = figures / below
     if problem is None and not (np.isfinite(figures) & (figures > 0)).all():
         problem = "its samples are no times"
     return (figures if problem else np.log(figures)), problem
@@ -752,7 +778,8 @@ def check_saved(
     Args:
         report: What was read; see :mod:`rnnprune_cli.report.read`.
         baseline: The same of the baseline, if there is one.
-        expressions: What ``--require`` says; if nothing, what the report's own run required.
+        expressions: What ``--require`` says; if there is nothing to judge by, not even a baseline,
+            what the report's own run required.
         names: The files.
         arguments: The options as the user gave them.
         margin: See :func:`compare`.
@@ -762,11 +789,14 @@ def check_saved(
     Raises:
         RnnpruneError: If one of them holds nothing to judge.
     """
+    nothing = ("nothing was judged: give --require 'latency<=0.8', or --baseline OLD.json",)
+    if not expressions and baseline is None and not isinstance(report, _JUDGEABLE):
+        kept = report.checks if isinstance(report, CheckReport) else ()  # which did judge
+        return CheckReport(dict(arguments), *names, kept, () if kept else nothing)
     judged = _judgeable(report, names[0])
     own = _arguments(judged)
-    if not expressions:
-        required = own.get("require")
-        expressions = [str(text) for text in required] if isinstance(required, list | tuple) else []
+    if not expressions and baseline is None:
+        expressions = required_of(own)
         strict = strict or own.get("strict") is True
     checks, warnings = judge(judged, expressions, strict), tuple[str, ...]()
     if baseline is not None:
@@ -774,7 +804,7 @@ def check_saved(
         more, warnings = compare(judged, earlier, margin, tolerance, strict)
         checks += more
     elif not checks:
-        warnings = ("nothing was judged: give --require 'latency<=0.8', or --baseline OLD.json",)
+        warnings = nothing
     return CheckReport(dict(arguments), names[0], names[1], checks, warnings)
 
 
@@ -783,7 +813,7 @@ def _arguments(report: Judged) -> Mapping[str, Any]:
 
 
 def _judgeable(report: object, name: str) -> Judged:
-    if isinstance(report, Report | BenchReport | tuple):
+    if isinstance(report, _JUDGEABLE):
         return report
     kind = "sensitivity" if isinstance(report, SensitivityReport) else "check"
     raise RnnpruneError(
@@ -794,11 +824,20 @@ def _judgeable(report: object, name: str) -> Judged:
 
 def judged_anew(report: Report, expressions: Sequence[str], strict: bool) -> Report:
     """Returns a report whose checks on requirements, after those on targets, are made again."""
-    targets = tuple(c for c in report.checks if c.expression not in set(_required(report)))
+    required = required_of(report.arguments)
+    targets = tuple(check for check in report.checks if check.expression not in required)
     checks = (*targets, *judge(report, expressions, strict))
     return dataclasses.replace(report, checks=checks)
 
 
-def _required(report: Report) -> Sequence[str]:
-    required = report.arguments.get("require") or ()
-    return ["".join(str(text).split()) for text in required]
+def required_of(arguments: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns what a run required, as its checks name it."""
+    required = arguments.get("require")
+    known = required if isinstance(required, list | tuple) else ()
+    return tuple("".join(str(text).split()) for text in known)
+
+
+def passed(report: Report) -> bool:
+    """Tells whether all that ``--require`` asked for holds; a missed target is a warning."""
+    required = required_of(report.arguments)
+    return all(check.passed for check in report.checks if check.expression in required)

@@ -797,7 +797,8 @@ def check(
         list[str] | None,
         typer.Option(
             "--require",
-            help="What must hold: 'latency<=0.8'; repeatable [default: what its own run required].",
+            help="What must hold: 'latency<=0.8'; repeatable [default, without a baseline: what its"
+            " own run required].",
             show_default=False,
         ),
     ] = None,
@@ -810,6 +811,9 @@ def check(
     tolerance: Annotated[
         float, typer.Option(help="How much worse any other figure may be: a share, or points.")
     ] = 0.005,
+    full: Annotated[
+        bool, typer.Option("--full", help="Show all of the report, and not only the checks.")
+    ] = False,
     report: Reports = None,
     output_format: OutputFormat = Format.table,
     force: Force = False,
@@ -818,18 +822,21 @@ def check(
     """Judge a saved report: exit code 1 if a requirement fails, or it is worse than a baseline.
 
     Example: rnnprune check report.json --baseline main.json --require 'metric-drop<=0.01'
+
+    Example: rnnprune check report.json --full --report page.html
     """
     arguments = {k: v for k, v in locals().items() if v is not None}
 
     def work() -> tuple[dict[str, Any], RenderableType | None]:
         from rnnprune_cli.checks import check_saved
         from rnnprune_cli.report.files import check_report_paths, write_reports
-        from rnnprune_cli.report.json import check_document
-        from rnnprune_cli.report.read import read_report
+        from rnnprune_cli.report.json import document_of
+        from rnnprune_cli.report.read import read_report, with_checks
 
         check_report_paths(report or (), force)
-        result = check_saved(
-            read_report(saved),
+        found = read_report(saved)
+        checked = check_saved(
+            found,
             None if baseline is None else read_report(baseline),
             tuple(require or ()),
             (str(saved), None if baseline is None else str(baseline)),
@@ -838,7 +845,8 @@ def check(
             tolerance,
             strict,
         )
-        document = check_document(result)
+        result: Result = with_checks(found, checked) if full else checked
+        document = {**document_of(result), "passed": checked.passed}
         write_reports(report or (), result, document, force)
         return _shown(result, document, output_format)
 

@@ -242,7 +242,10 @@ def _no_constant(sites: Sequence[Site], constants: _Constants) -> tuple[str, str
         if ops is None or maker is None:
             continue
         if "DequantizeLinear" in ops:
-            return "its weight is already quantized", "prune the model before it is quantized"
+            return (
+                "its weight is already quantized",
+                "prune the float model first, then quantize it: --quantize int8",
+            )
         return f"its weight is computed by {maker.op_type} '{site.value.name}'", _FOLD
     return "neither of its inputs is a constant: it has no weight", ""
 
@@ -343,7 +346,10 @@ def _related(walker: Walker) -> Iterator[tuple[str, Skipped]]:
         name = node.name or node.outputs[0].name or node.op_type
         what = f"{node.domain or 'ai.onnx'}:{node.op_type}"
         if _QUANTIZED.search(node.op_type):
-            reason, hint = "is already quantized", "prune the model before it is quantized"
+            reason, hint = (
+                "is already quantized",
+                "prune the float model first, then quantize it: --quantize int8",
+            )
         else:
             reason, hint = "is a custom operator", "prune the model before a runtime optimizes it"
         yield name, Skipped(name, f"{what} {reason}", hint)

@@ -86,6 +86,8 @@ if TYPE_CHECKING:
 
 _SLOWER = 1.02
 """Latency ÷ latency above which quantizing is said to make a model slower."""
+_FEW = 0.2
+"""Share of weights below which four bytes for each, and a bit for its place, are less than one."""
 LOOK = Stage("magnitude", "weight", "row", 0.0)
 """A stage that does nothing, for a look at a model as ``prune`` sees it."""
 
@@ -565,7 +567,7 @@ class Written:
         before, now, ratios, warnings = _measured(run, quality, files_before, files_after)
         quantized = self._quantized(run, now, quality.asked)
         if quantized is not None:
-            warnings += tuple(_slower(quantized))
+            warnings += tuple(_quantized_advice(quantized, now))
         source, base, model = session.source, session.base, applied.model
         return Report(
             arguments=dict(arguments),
@@ -1141,12 +1143,17 @@ def _ratios(before: Measurement, after: Measurement, latency: Ratio) -> Ratios:
     )
 
 
-def _slower(quantized: Quantized) -> Iterator[str]:
+def _quantized_advice(quantized: Quantized, after: Measurement) -> Iterator[str]:
     latency = quantized.ratios.latency
     if latency is not None and latency.low > _SLOWER:
         yield (
             f"quantizing makes the pruned model slower ({latency.median:.2f} times its latency):"
             " leave out --quantize unless its size matters more"
+        )
+    if after.recurrent_nonzero < _FEW * after.recurrent_parameters:
+        yield (
+            "so few weights are left that they take less room without --quantize, with --export"
+            " packed; they are not faster then"
         )
 
 

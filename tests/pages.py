@@ -25,6 +25,9 @@ class Page(HTMLParser):
         self.feed(page)
         self.close()
         self.text = " ".join("".join(self.words).split())
+        self.tables = [
+            [[" ".join(cell.split()) for cell in row] for row in table] for table in self.tables
+        ]
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
@@ -57,8 +60,7 @@ class Page(HTMLParser):
     def row(self, *start: str) -> list[str]:
         """The first row that begins with these texts."""
         rows = (row for table in self.tables for row in table)
-        cells = ([" ".join(cell.split()) for cell in row] for row in rows)
-        return next(row for row in cells if row[: len(start)] == list(start))
+        return next(row for row in rows if row[: len(start)] == list(start))
 
 
 def as_page(markdown: str) -> Page:

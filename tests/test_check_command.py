@@ -173,6 +173,43 @@ def test_reports_of_the_check_are_written(folder):
     assert again.returncode == 2 and "--force" in again.stderr
 
 
+def test_the_whole_report_is_shown_with_the_new_checks(folder):
+    regressed(folder, bytes=4000)
+    line = ("check", "new.json", "--baseline", "old.json", "--require", "sparsity>=0.9", "--full")
+    done = rnnprune(folder, *line, "--format", "json", "--report", "p.html", "--report", "p.md")
+    assert done.returncode == 1, done.stderr
+    document = json.loads(done.stdout)
+    assert document["passed"] is False and document["after"]["bytes"] == 4000
+    failed = [c["expression"] for c in document["checks"] if not c["passed"]]
+    assert failed == ["sparsity>=0.9", "bytes ÷ baseline<=1.005"]
+    for name in ("p.html", "p.md"):
+        text = (folder / name).read_text()
+        assert "recurrent weights not zero" in text and "baseline" in text
+
+
+@pytest.mark.parametrize("name", ["prune", "family", "sensitivity"])
+def test_a_saved_report_can_be_written_again_in_any_format(folder, name):
+    shutil.copy(OLD / f"{name}.json", folder / "r.json")
+    reports = [part for suffix in ("md", "html", "json") for part in ("--report", f"a.{suffix}")]
+    done = rnnprune(folder, "check", "r.json", "--full", *reports)
+    assert done.returncode == 0, done.stderr
+    again, document = (json.loads((folder / f"{n}.json").read_text()) for n in ("a", "r"))
+    figures = {
+        "prune": lambda d: [d["after"]["bytes"], d["before"]["latency_ms"]["samples"]],
+        "family": lambda d: [m["after"]["bytes"] for m in d["models"]],
+        "sensitivity": lambda d: [p["drop"] for c in d["curves"] for p in c["points"]],
+    }[name]
+    assert figures(again) == figures(document)
+    assert "model.onnx" in (folder / "a.md").read_text()
+    assert "<html" in (folder / "a.html").read_text()
+
+
+def test_a_saved_check_keeps_its_verdict(folder):
+    line = ("check", "old.json", "--require", "bytes<=0.1", "--report", "c.json")
+    assert rnnprune(folder, *line).returncode == 1
+    assert rnnprune(folder, "check", "c.json").returncode == 1
+
+
 def test_another_machine_is_a_warning_and_strictly_a_failure(folder):
     report = json.loads((folder / "old.json").read_text())
     report["environment"]["cpu"] = "another"

@@ -616,6 +616,17 @@ def test_a_benchmark_of_one_model_is_compared_with_a_warning():
     assert of(checks, "latency").actual == pytest.approx(1.2, abs=0.01)
 
 
+def test_a_busy_machine_is_told_by_the_control():
+    quiet = bench_report({"a": 1.0, "b": 0.5})
+    control = replace(quiet.control, latency=Ratio(0.96, 0.49, 1.02))
+    busy = replace(quiet, controls=(control,))
+    assert compare(quiet, quiet)[1] == ()
+    for one, two, which in ((quiet, busy, "baseline"), (busy, quiet, "report")):
+        checks, (warning,) = compare(one, two)
+        assert f"the {which} was timed on a busy machine" in warning and "[0.49, 1.02]" in warning
+        assert all(check.passed for check in checks)
+
+
 def test_many_models_raise_no_more_alarms_than_one():
     """A difference that is significant by itself, but not as the greatest of forty."""
     generator = np.random.default_rng(0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -16,7 +18,15 @@ from rnnprune_cli.errors import UsageError
 from rnnprune_cli.model import MetricValue
 from rnnprune_cli.report import figures
 from rnnprune_cli.report.files import as_table, as_text, check_report_paths, write_reports
-from rnnprune_cli.report.json import render, report_document
+from rnnprune_cli.report.json import (
+    bench_document,
+    check_document,
+    family_document,
+    render,
+    report_document,
+    sensitivity_document,
+)
+from rnnprune_cli.report.read import read_report
 
 
 class Formats:
@@ -162,11 +172,14 @@ def test_sensitivity_has_the_figures_of_its_json():
 def test_a_benchmark_has_the_figures_of_its_json():
     result = bench()
     document, shown = as_json(result), Formats(result)
-    head = shown.html.tables[1][0]
-    assert head[0] == "model"
+    main, cost = (t for t in shown.html.tables if t[0][0] == "model" and "format" not in t[0])
     reference = document["models"][0]
     for model in document["models"]:
-        cells = dict(zip(head, [model["name"], *shown.row(model["name"])], strict=True))
+        cells = dict(zip(main[0][1:], shown.row(model["name"]), strict=True))
+        (costs,) = (row for row in cost[1:] if row[0] == model["name"])
+        assert any(" ".join(costs) in line for line in shown.lines)
+        assert costs in next(t for t in shown.markdown.tables if t[0] == cost[0])
+        cells |= dict(zip(cost[0][1:], costs[1:], strict=True))
         latency = model["latency_ms"]
         held([cells["size"], cells["size ÷"]], model["bytes"], model["bytes"] / reference["bytes"])
         quantiles = [cells[c] for c in ("latency p50", "p95", "p99")]
@@ -280,3 +293,50 @@ def test_infinite_and_missing_figures_are_shown_in_every_format(prune_model):
     shown = Formats(dataclasses.replace(one, fidelity=(row,)))
     assert "nan" in shown.row(row.name)
     assert np.isnan(row.cosine)
+
+
+@pytest.mark.parametrize("kind", sorted(results()))
+def test_what_json_holds_is_enough_for_every_other_format(tmp_path, kind):
+    result = results()[kind]
+    document = {
+        "report": lambda: report_document(result),
+        "family": lambda: family_document(result, {}),
+        "sensitivity": lambda: sensitivity_document(result),
+        "bench": lambda: bench_document(result),
+        "check": lambda: check_document(result),
+    }[kind]()
+    write_reports([tmp_path / "r.json"], result, document, force=False)
+    read = read_report(tmp_path / "r.json")
+    for form in ("markdown", "html"):
+        assert as_text(read, {}, form) == as_text(result, {}, form)
+    assert printed(as_table(read)) == printed(as_table(result))
+
+
+def test_the_command_writes_and_prints_every_format(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(recurrent_model().SerializeToString())
+    names = ["r.json", "r.md", "r.html"]
+    words = ["prune", "model.onnx", "-s", "0.5", "--format", "markdown"]
+    done = subprocess.run(
+        [sys.executable, "-m", "rnnprune_cli.cli", *words, *(f"--report={n}" for n in names)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == (tmp_path / "r.md").read_text()
+    document = json.loads((tmp_path / "r.json").read_text())
+    for page in (as_page(done.stdout), Page((tmp_path / "r.html").read_text())):
+        held(page.row("size")[1:], document["before"]["bytes"], document["after"]["bytes"])
+    assert len(document["layers"][0]["pictures"]) == 2
+
+
+@pytest.mark.parametrize("command", [["inspect", "model.onnx"], ["methods"]])
+def test_what_is_no_report_has_no_markdown(command):
+    done = subprocess.run(
+        [sys.executable, "-m", "rnnprune_cli.cli", *command, "--format", "markdown"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2 and "'table'" in done.stderr

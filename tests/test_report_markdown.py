@@ -64,7 +64,7 @@ def test_a_name_is_shown_as_it_is(name):
 def test_ordinary_text_stays_readable():
     text = markdown(check())
     assert "latency<=0.5" in text
-    assert "0.637  [0.615, 0.651]" in text
+    assert "0.637  [0.615,\N{NO-BREAK SPACE}0.651]" in text
     assert "&#" not in text
 
 

@@ -16,31 +16,11 @@ import schema as generator
 from conftest import Graph, weights
 
 from rnnprune_cli.errors import RnnpruneError
-from rnnprune_cli.model import BenchReport, CheckReport, Report, SensitivityReport
-from rnnprune_cli.report.json import (
-    bench_document,
-    check_document,
-    family_document,
-    render,
-    report_document,
-    sensitivity_document,
-)
+from rnnprune_cli.report.json import document_of, render, report_document
 from rnnprune_cli.report.read import MAX_REPORT_BYTES, read_report, report_of
 
 OLD = Path(__file__).parent / "reports_v1"
 SCHEMA = json.loads(generator.PLACE.read_text())
-WRITERS = {
-    Report: report_document,
-    SensitivityReport: sensitivity_document,
-    BenchReport: bench_document,
-    CheckReport: check_document,
-}
-
-
-def document_of(result):
-    if isinstance(result, tuple):
-        return family_document(result, {})
-    return WRITERS[type(result)](result)
 
 
 def valid(document, kind, closed=False):
@@ -147,7 +127,7 @@ def test_reports_of_earlier_versions_are_valid(path):
     jsonschema.validate(json.loads(path.read_text()), SCHEMA)
 
 
-@pytest.mark.parametrize("name", ["prune", "family", "sensitivity"])
+@pytest.mark.parametrize("name", ["prune", "family", "sensitivity", "bench", "check"])
 def test_reports_of_earlier_versions_are_read_with_all_their_figures(name):
     document = json.loads((OLD / f"{name}.json").read_text())
     again = json.loads(render(document_of(read_report(OLD / f"{name}.json"))))

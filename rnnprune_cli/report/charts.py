@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+WIDE = 8
+"""An axis whose ends are so many times apart goes by powers."""
 SERIES = 8
 """Series that can be told apart, by colour and by mark."""
 MARKS = "●■▲◆▼✚✖★"
@@ -47,8 +49,11 @@ def lines(drawn: Sequence[Line], x: str, y: str, label: str, mark: float | None 
         label: What it shows, for those who do not see it.
         mark: A place to the right that is marked.
     """
+    from matplotlib.ticker import MaxNLocator
 
     def draw(axes: Axes) -> None:
+        if all(float(place).is_integer() for line in drawn for place in line.x):
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         if mark is not None:
             axes.axvline(mark, color=_colour(-1), linewidth=1, linestyle=":")
         for line in drawn:
@@ -105,6 +110,7 @@ def scatter(dots: Sequence[Dot], x: str, y: str, label: str) -> str:
         y: What is upwards.
         label: What it shows, for those who do not see it.
     """
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     def draw(axes: Axes) -> None:
         best = sorted({(d.x, d.y) for d in dots if d.best})
@@ -117,6 +123,11 @@ def scatter(dots: Sequence[Dot], x: str, y: str, label: str) -> str:
             axes.annotate(
                 dot.name, (dot.x, dot.y), xytext=(5, 5), textcoords="offset points", fontsize=11.5
             )
+        if min(d.x for d in dots) > 0 and max(d.x for d in dots) > WIDE * min(d.x for d in dots):
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.xaxis.set_minor_locator(NullLocator())
         axes.margins(0.12)
 
     return _drawn(draw, x, y, label)

@@ -579,7 +579,7 @@ def latency_ratio(report: BenchReport, timing: Timing) -> Ratio | None:
 
 
 def bench_rows(report: BenchReport) -> Rows:
-    """Returns a line for each model, timed in its first setting."""
+    """Returns a line for each model: metric, size, and latency in its first setting."""
     models = {model.name: model for model in report.models}
     first = first_settings(report)
     rows, group = [], ""
@@ -587,44 +587,48 @@ def bench_rows(report: BenchReport) -> Rows:
         other = models[reference(report, model.name)]
         timing = first.get(model.name)
         ratio = None if timing is None else latency_ratio(report, timing)
+        middle, *tail = quantiles(model.latency_ms)
+        told = model.group == group or model.name.startswith(model.group)
         rows.append(
             (
-                "" if model.group == group else model.group,
+                "" if told else model.group,
                 model.name,
                 bench_metric(model),
                 size(model.bytes),
                 f"{model.bytes / max(other.bytes, 1):.3f}",
-                *quantiles(model.latency_ms),
+                middle,
                 ("reference" if other is model else "") if ratio is None else interval(ratio),
-                *_rates(timing),
-                milliseconds(model.load_ms),
-                "" if model.peak_bytes is None else size(model.peak_bytes),
-                "" if model.macs_per_step is None else count(model.macs_per_step),
-                "" if model.bytes_per_step is None else size(model.bytes_per_step),
-                count(model.nonzero),
+                *tail,
             )
         )
         group = model.group
     columns = (
-        "",
-        "model",
-        "metric",
-        "size",
-        "size ÷",
-        "latency p50",
-        "p95",
-        "p99",
-        "latency ÷",
-        "samples/s",
-        "steps/s",
-        "real time",
-        "load",
-        "memory",
-        "MACs/step",
-        "bytes/step",
-        "not zero",
+        "", "model", "metric", "size", "size ÷", "latency p50", "latency ÷", "p95", "p99",
+    )  # fmt: skip
+    return Rows(columns, tuple(rows), tuple(range(3, 9))).filled()
+
+
+def cost_rows(report: BenchReport) -> Rows:
+    """Returns a line for each model: throughput, what loading takes, and what a step reads."""
+    first = first_settings(report)
+    rows = tuple(
+        (
+            model.name,
+            *_rates(first.get(model.name)),
+            milliseconds(model.load_ms),
+            "" if model.peak_bytes is None else size(model.peak_bytes),
+            "" if model.macs_per_step is None else count(model.macs_per_step),
+            "" if model.bytes_per_step is None else size(model.bytes_per_step),
+            count(model.parameters),
+            count(model.nonzero),
+        )
+        for model in report.models
     )
-    return Rows(columns, tuple(rows), tuple(range(3, 17))).filled()
+    columns = (
+        "model", "samples/s", "steps/s", "real time", "load", "memory", "MACs/step", "bytes/step",
+        "parameters", "not zero",
+    )  # fmt: skip
+    return Rows(columns, rows, tuple(range(1, 10))).filled()
 
 
 def bench_metric(model: BenchModel) -> str:
@@ -649,10 +653,11 @@ def timing_rows(report: BenchReport) -> Rows:
     for row in report.timings:
         ratio = latency_ratio(report, row)
         alone = reference(report, row.model) == row.model
+        middle, *tail = quantiles(row.latency_ms)
         text = ("reference" if alone else "") if ratio is None else interval(ratio)
-        rows.append((setting_text(row), row.model, *quantiles(row.latency_ms), text, *_rates(row)))
+        rows.append((setting_text(row), row.model, middle, text, *tail, *_rates(row)))
     columns = (
-        "setting", "model", "latency p50", "p95", "p99", "latency ÷", "samples/s", "steps/s",
+        "setting", "model", "latency p50", "latency ÷", "p95", "p99", "samples/s", "steps/s",
         "real time",
     )  # fmt: skip
     return Rows(columns, tuple(rows), tuple(range(2, 9))).filled()
@@ -752,7 +757,7 @@ def report_sections(report: Report) -> tuple[Section, ...]:
 
 def bench_sections(report: BenchReport) -> tuple[Section, ...]:
     """Returns the details of a benchmark."""
-    sections = []
+    sections = [Section("Throughput, memory and work", cost_rows(report))]
     if several_settings(report):
         sections.append(Section("Every setting", timing_rows(report)))
     sections.append(Section("The machine's noise", control_rows(report)))

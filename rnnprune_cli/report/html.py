@@ -13,6 +13,7 @@ import numpy as np
 from rnnprune_cli import __version__
 from rnnprune_cli.errors import printable
 from rnnprune_cli.model import (
+    Array,
     BenchReport,
     Check,
     CheckReport,
@@ -210,10 +211,13 @@ def _table(rows: Rows, label: str, total: int | None = None) -> str:
         for text, kind in zip(rows.columns, kinds, strict=True)
     )
     lines = []
+    names = rows.columns.index("model") if "model" in rows.columns else 0
     for row in shown.rows:
-        first, *rest = zip(row, kinds, strict=True)
-        cells = "".join(cell("td", text, kind) for text, kind in rest)
-        lines.append(f"<tr>{cell('th', *first, 'row')}{cells}</tr>")
+        cells = "".join(
+            cell("th", text, kind, "row") if k == names else cell("td", text, kind)
+            for k, (text, kind) in enumerate(zip(row, kinds, strict=True))
+        )
+        lines.append(f"<tr>{cells}</tr>")
     return (
         f'<div class="wide" role="region" aria-label="{_text(label)}" tabindex="0"><table>'
         f"<thead><tr>{columns}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
@@ -336,10 +340,10 @@ def _latencies(models: Sequence[tuple[str, Latency | None]], of: str = "") -> st
         for _, latency in shown
     )
     high = low + 1.02 * max(high - low, 1e-3 * low, 1e-9)
-    rows = "".join(_spread(name, latency, low, high) for name, latency in shown)
-    ends = "".join(
-        f"<span>{figures.milliseconds(low + k * (high - low) / 2)}</span>" for k in range(3)
-    )
+    by_powers = 0 < charts.WIDE * low < high
+    rows = "".join(_spread(name, latency, low, high, by_powers) for name, latency in shown)
+    middle = (low * high) ** 0.5 if by_powers else (low + high) / 2
+    ends = "".join(f"<span>{figures.milliseconds(end)}</span>" for end in (low, middle, high))
     return (
         f"<h2>Latency{_text(of)}</h2>"
         f'<figure class="spreads">{rows}<div class="axis" aria-hidden="true">{ends}</div>'
@@ -349,23 +353,29 @@ def _latencies(models: Sequence[tuple[str, Latency | None]], of: str = "") -> st
     )
 
 
-def _spread(name: str, latency: Latency, low: float, high: float) -> str:
-    samples = np.minimum(np.array(latency.samples), high)
-    counts, _ = np.histogram(samples, _BINS, (low, high))
+def _spread(name: str, latency: Latency, low: float, high: float, by_powers: bool) -> str:
+    """Returns one model's calls between two ends, as a drawing that is as wide as there is room."""
+
+    def places(times: Sequence[float]) -> Array:
+        within = np.clip(np.array(times), low, high)
+        if by_powers:
+            return np.asarray(_BINS * np.log(within / low) / np.log(high / low))
+        return np.asarray(_BINS * (within - low) / (high - low))
+
+    counts, _ = np.histogram(places(latency.samples), _BINS, (0, _BINS))
     heights = 30 * np.sqrt(counts / max(counts.max(), 1))  # so that rare calls are seen
     tops = "".join(f"V{30 - height:.4g}h1" for height in heights)
-
-    def place(value: float) -> float:
-        return _BINS * (min(max(value, low), high) - low) / (high - low)
-
-    middle, left, right = map(place, (latency.median, latency.p5, latency.p95))
+    said = figures.milliseconds(latency.median)
+    beyond = np.mean(np.array(latency.samples) > high)
+    note = f'<span class="note">{100 * beyond:.2g} % beyond</span>' if beyond else ""
+    middle, left, right = places((latency.median, latency.p5, latency.p95))
     said = figures.milliseconds(latency.median)
     beyond = np.mean(np.array(latency.samples) > high)
     note = f'<span class="note">{100 * beyond:.2g} % beyond</span>' if beyond else ""
     return (
         f'<div class="spread"><div><span>{_text(name)} {note}</span><b>{said}</b></div>'
         f'<svg viewBox="0 0 {_BINS} 30" preserveAspectRatio="none" role="img"'
-        f' aria-label="{_text(name)}: median {said}, {len(samples):,} calls">'
+        f' aria-label="{_text(name)}: median {said}, {len(latency.samples):,} calls">'
         f'<rect class="mid" x="{left:.4g}" width="{max(right - left, 0.2):.4g}" height="30"/>'
         f'<path d="M0 30{tops}V30z"/><path class="median" d="M{middle:.4g} 0V30"/></svg></div>'
     )

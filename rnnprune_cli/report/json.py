@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rnnprune_cli import __version__
+from rnnprune_cli.checks import passed
 from rnnprune_cli.errors import RnnpruneError
 from rnnprune_cli.methods import Method
 from rnnprune_cli.model import (
@@ -44,12 +45,6 @@ def report_document(report: Report, status: str = "ok") -> dict[str, Any]:
     return {**start, **fields}
 
 
-def passed(report: Report) -> bool:
-    """Tells whether all that ``--require`` asked for holds; a missed target is a warning."""
-    required = {"".join(text.split()) for text in report.arguments.get("require") or ()}
-    return all(check.passed for check in report.checks if check.expression in required)
-
-
 def family_document(
     reports: Sequence[Report], arguments: Mapping[str, Any], status: str = "ok"
 ) -> dict[str, Any]:
@@ -79,6 +74,25 @@ def check_document(report: CheckReport) -> dict[str, Any]:
     fields = dataclasses.asdict(report)
     arguments = fields.pop("arguments")
     return {**header(), "arguments": arguments, "status": "ok", "passed": report.passed, **fields}
+
+
+def document_of(
+    result: Report | Sequence[Report] | SensitivityReport | BenchReport | CheckReport,
+) -> dict[str, Any]:
+    """Returns the document of a result that was read from one."""
+    match result:
+        case Report():
+            return report_document(result)
+        case SensitivityReport():
+            return sensitivity_document(result)
+        case BenchReport():
+            return bench_document(result)
+        case CheckReport():
+            return check_document(result)
+        case _:
+            arguments = {k: v for k, v in result[0].arguments.items() if k != "family"}
+            limits = [member.arguments.get("family") for member in result]
+            return family_document(result, {**arguments, "family": limits})
 
 
 def error_document(error: RnnpruneError, arguments: Mapping[str, Any]) -> dict[str, Any]:

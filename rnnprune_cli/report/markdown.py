@@ -194,7 +194,9 @@ class _Page:
         more = more if total is None else total - len(shown.rows)
         marks = ("---:" if k in rows.right else ":---" for k in range(len(rows.columns)))
         lines = [_line(map(self._cell, rows.columns)), _line(marks)]
-        lines += (_line(map(self._cell, row)) for row in shown.rows)
+        for row in shown.rows:
+            cells = map(self._cell, row)
+            lines.append(_line(_whole(c) if k in rows.right else c for k, c in enumerate(cells)))
         if more:
             self._cut = True
             lines.append(_line([f"… and {more:,} more", *[""] * (len(rows.columns) - 1)]))
@@ -259,6 +261,11 @@ def _entity(found: re.Match[str]) -> str:
     """Writes characters so that they are only themselves; nobody is called by an @."""
     apart = "&#8203;" if found.group() in "@#" else ""
     return "".join(f"&#{ord(character)};" for character in found.group()) + apart
+
+
+def _whole(figure: str) -> str:
+    """Returns a figure that is broken before its interval only."""
+    return "  ".join(part.replace(" ", "\N{NO-BREAK SPACE}") for part in figure.split("  "))
 
 
 def _line(cells: Iterable[str]) -> str:

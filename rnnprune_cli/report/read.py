@@ -21,6 +21,7 @@ from rnnprune_cli.model import BenchReport, CheckReport, Report, SensitivityRepo
 from rnnprune_cli.report.json import SCHEMA_VERSION
 
 MAX_REPORT_BYTES = 32 << 20
+_MAX_INT = 1 << 63
 _T = TypeVar("_T")
 
 AnyReport = Report | tuple[Report, ...] | SensitivityReport | BenchReport | CheckReport
@@ -66,6 +67,23 @@ def report_of(document: Any, name: str) -> AnyReport:  # noqa: ANN401  any JSON 
     raise RnnpruneError(
         f"{name} holds no result of rnnprune prune, run, sensitivity, bench or check",
         "give what one of them wrote with --report X.json",
+    )
+
+
+def with_checks(report: AnyReport, checked: CheckReport) -> AnyReport:
+    """Returns a report with the checks and warnings of another judgement instead of its own."""
+    if isinstance(report, Report | BenchReport):
+        warnings = tuple(dict.fromkeys((*report.warnings, *checked.warnings)))
+        return dataclasses.replace(report, checks=checked.checks, warnings=warnings)
+    if not isinstance(report, tuple):
+        return report
+    return tuple(
+        dataclasses.replace(
+            member,
+            checks=tuple(c for c in checked.checks if c.subject == Path(member.output.path).name),
+            warnings=tuple(dict.fromkeys((*member.warnings, *checked.warnings))),
+        )
+        for member in report
     )
 
 
@@ -203,7 +221,8 @@ def _plain(value: Any, kind: Any, where: str) -> Any:  # noqa: ANN401
             return _float(value)
         _refuse(value, "a number", where)
     expected = str if kind is Path else kind
-    if not isinstance(value, expected) or (isinstance(value, bool) and kind is not bool):
+    huge = kind is int and isinstance(value, int) and abs(value) > _MAX_INT
+    if not isinstance(value, expected) or (isinstance(value, bool) and kind is not bool) or huge:
         _refuse(value, {int: "a whole number", bool: "true or false"}.get(kind, "text"), where)
     return kind(value)
 

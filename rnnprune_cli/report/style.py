@@ -33,13 +33,14 @@ tbody th { font-weight: 500; white-space: normal; overflow-wrap: anywhere; min-w
   max-width: 24rem; }
 td.long { white-space: pre-wrap; min-width: 12rem; max-width: 36rem; }
 @media (max-width: 30rem) { .bounds { display: block; white-space: nowrap; }
-  th, td { padding-right: .5rem; } tbody th { min-width: 6rem; } table { font-size: .8rem; } }
+  th, td { padding-right: .35rem; } tbody th { min-width: 5rem; } table { font-size: .8rem; } }
 .n { text-align: right; } .in { padding-left: 1rem; font-weight: 400; }
 tbody .in { color: var(--muted); }
 .checks { border: 1px solid var(--line); border-left: .3rem solid; border-radius: .4rem;
   padding: .25rem 1rem 1rem; margin: 0 0 1rem; }
 .checks.failed { border-left-color: var(--bad); } .checks.passed { border-left-color: var(--good); }
 .checks h2 { margin: .5rem 0; } .failed h2 { color: var(--bad); } .passed h2 { color: var(--good); }
+.checks tbody th { min-width: 9.5rem; }
 .checks p { margin: .5rem 0 0; }
 .warnings { background: var(--tint); border-left: .3rem solid var(--warn); border-radius: .4rem;
   padding: .5rem 1rem; margin: 1rem 0; }

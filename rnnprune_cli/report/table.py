@@ -73,6 +73,7 @@ def bench_table(report: BenchReport) -> RenderableType:
             Text("; ".join(settings)),
             *_checks(report.checks),
             drawn(figures.bench_rows(report)),
+            drawn(figures.cost_rows(report)),
             *([drawn(figures.timing_rows(report))] if figures.several_settings(report) else []),
             drawn(figures.control_rows(report)),
             *warning_lines(report.warnings),
