@@ -1111,7 +1111,7 @@ def _measured(
     )
     after = _measurement(run, files_after, latency_after, quality.after, quality.asked)
     estimated = files_before.gzip_estimated or files_after.gzip_estimated
-    return before, after, _ratios(before, after, ratio), tuple(_advice(run, estimated))
+    return before, after, _ratios(before, after, ratio), tuple(_advice(run, estimated, ratio))
 
 
 def _measurement(
@@ -1157,7 +1157,11 @@ def _quantized_advice(quantized: Quantized, after: Measurement) -> Iterator[str]
         )
 
 
-def _advice(run: _Run, gzip_estimated: bool) -> Iterator[str]:
+NOISY = 0.2
+"""Width of a latency ratio's interval from which on the machine is said to be noisy."""
+
+
+def _advice(run: _Run, gzip_estimated: bool, latency: Ratio) -> Iterator[str]:
     stages = run.options.stages
     removing = [stage for stage in stages if stage.sparsity > 0]
     for stage in stages:
@@ -1212,6 +1216,11 @@ def _advice(run: _Run, gzip_estimated: bool) -> Iterator[str]:
         yield (
             "runtimes multiply zeros too: removing single weights does not change latency,"
             " --granularity unit does"
+        )
+    if (latency.high - latency.low) / latency.median > NOISY:
+        yield (
+            "other programs make the latency uncertain: close them, or measure longer with"
+            " 'rnnprune bench'"
         )
     if gzip_estimated:
         yield "the gzipped sizes are estimated from a sample of the files"

@@ -35,7 +35,7 @@ MIN_ROUNDS = 6
 ENOUGH_ROUNDS = 12
 """From here on it may end because intervals are narrow: models should lie in several places."""
 USUAL_ROUNDS = 16
-"""Into so many the time is divided."""
+"""Into so many the time is divided, if nothing else is said."""
 MAX_ROUNDS = 400
 MAX_TURNS = 25
 """Samples of each model in a round."""
@@ -47,6 +47,8 @@ CACHE_MATTERS = 2e-2
 the others have put out of the cache."""
 CONFIDENCE = 0.97
 """Of an interval by itself: looking several times whether it is narrow enough takes up to 2 %."""
+_LONGEST, _COARSE = 4, 0.1
+"""How much longer than usual two models are timed if their interval is wider than this."""
 _LONGER = 1.25
 """By so much the rounds grow between two looks."""
 
@@ -56,13 +58,15 @@ class Budget:
     """How long to measure.
 
     Attributes:
-        seconds: About so long, but never fewer than :data:`MIN_ROUNDS` rounds.
+        seconds: At most about so long, but never fewer than :data:`MIN_ROUNDS` rounds.
         precision: Enough is enough when every interval is narrower than this share of its ratio;
             0 to use all the time.
+        rounds: Into so many the time is divided.
     """
 
     seconds: float
     precision: float = 0.0
+    rounds: int = USUAL_ROUNDS
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,14 +92,15 @@ def interleaved_latency(
     Args:
         openers: Return the reference, and the model held against it, ready to run.
         feed: Input of one call.
-        seconds: About how long to measure.
+        seconds: About how long to measure; up to four times as long on a noisy machine.
         reopen: Whether to open both anew in each round, as far as time allows.
         seed: Seed of the order.
 
     Returns:
         Latency before and after, and after divided by before.
     """
-    before, after = interleaved(openers, (feed, feed), Budget(seconds), reopen, seed).rounds
+    budget = Budget(_LONGEST * seconds, _COARSE, _LONGEST * ENOUGH_ROUNDS)
+    before, after = interleaved(openers, (feed, feed), budget, reopen, seed).rounds
     return latency(before), latency(after), ratio(before, after)
 
 
@@ -132,11 +137,11 @@ def interleaved(
                     runners[number] = openers[number]()
                     opened[number].append(time.perf_counter() - start)
                 running = [
-                    _Running(runners[number], feed, budget.seconds)
+                    _Running(runners[number], feed, budget.seconds / budget.rounds)
                     for number, feed in enumerate(feeds)
                 ]
                 if not turns:
-                    own = max(budget.seconds / USUAL_ROUNDS, 1e-9)
+                    own = max(budget.seconds / budget.rounds, 1e-9)
                     turn = sum(model.seconds for model in running)
                     turns = int(np.clip(own / max(turn, 1e-9), 1, MAX_TURNS))
                     longest = sum(times[0] for times in opened)
@@ -166,13 +171,13 @@ def interleaved(
 class _Running:
     """An open model that was warmed up, and what a sample of it costs."""
 
-    def __init__(self, runner: Runner, feed: Feed, budget: float) -> None:
+    def __init__(self, runner: Runner, feed: Feed, longest: float) -> None:
         self._runner, self._feed = runner, runner.prepared(feed)
         runner.reset()
         once = 0.0
         for _ in range(WARM_UP_CALLS):
             once = self._call(1)
-            if once > budget / USUAL_ROUNDS:
+            if once > longest:
                 break
         self._calls = max(1, round(SHORTEST_SAMPLE / max(once, 1e-9)))
         self._untimed = once < CACHE_MATTERS

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
 import math
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +18,7 @@ import pytest
 import schema as generator
 from conftest import Graph, weights
 
+from rnnprune_cli.checks import _EXAMPLES, OF_BENCH, check_saved
 from rnnprune_cli.errors import RnnpruneError
 from rnnprune_cli.report.json import document_of, render, report_document
 from rnnprune_cli.report.read import MAX_REPORT_BYTES, read_report, report_of
@@ -244,3 +248,44 @@ def test_whole_numbers_that_no_float_holds_are_infinite():
     document = json.loads((OLD / "prune.json").read_text())
     document["ratios"]["bytes"] = 10**400
     assert report_of(document, "r").ratios.bytes == math.inf
+
+
+VALUES = [None, True, 0, -1, 10**400, 1e308, 0.5, "", "x", "<b>\x1b", [], {}, [1], {"a": 1}, [None]]
+
+
+def places(value, path=()):
+    """Yields the path of everything in a document; of long lists, of the first few."""
+    if path:
+        yield path
+    inner = value.items() if isinstance(value, dict) else enumerate(value[:4])
+    for key, item in inner:
+        if isinstance(item, dict | list):
+            yield from places(item, (*path, key))
+        else:
+            yield (*path, key)
+
+
+@pytest.mark.parametrize("name", ["prune", "family", "bench", "check", "sensitivity"])
+def test_whatever_is_damaged_is_judged_or_refused_with_an_error_of_ours(name):
+    """Nothing that a file can hold raises anything but RnnpruneError."""
+    text = (OLD / f"{name}.json").read_text()
+    sound, rng = report_of(json.loads(text), "r"), random.Random(0)
+    known = list(places(json.loads(text)))
+    expressions = [e for n, e in _EXAMPLES.items() if name != "bench" or n in OF_BENCH]
+    read = 0
+    for _ in range(400):
+        document = json.loads(text)
+        *path, last = rng.choice(known)
+        inner = functools.reduce(lambda value, key: value[key], path, document)
+        inner[last] = rng.choice(VALUES)
+        with contextlib.suppress(RnnpruneError):
+            report = report_of(document, "r")
+            read += 1
+            render(document_of(report))
+            for one, two, wanted in (
+                (report, None, expressions), (report, None, ()), (report, sound, ()),
+                (sound, report, ()),
+            ):  # fmt: skip
+                with contextlib.suppress(RnnpruneError):
+                    check_saved(one, two, wanted, ("r", "b"), {}, strict=True)
+    assert 20 < read < 380
