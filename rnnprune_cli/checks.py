@@ -552,7 +552,8 @@ def compare(
     comparison = _Comparison(tolerance, margin, strict)
     for name in {s.name: s for s in subjects}.keys() ^ old.keys():
         where = "report" if name in old else "baseline"
-        comparison.leave_out(f"model '{name}'", f"it is not in the {where}")
+        both = ("in report and baseline", 1.0)
+        comparison.leave_out(f"model '{name}'", f"it is not in the {where}", both, name)
     for which, one in (("report", report), ("baseline", baseline)):
         comparison.noise(which, one)
     machines = _environment(report), _environment(baseline)
@@ -577,17 +578,19 @@ class _Comparison:
 
     def __init__(self, tolerance: float, margin: float, strict: bool) -> None:
         self._tolerance, self._margin, self._strict = tolerance, margin, strict
+        self._latency = (f"latency ÷ baseline<={1 + margin:g}", 1 + margin)
         self._checks: list[Check] = []
         self._tests: list[_Test] = []
         self._warnings: dict[str, None] = {}
 
-    def leave_out(self, what: str, reason: str, subject: str = "") -> None:
-        """Says what cannot be compared; that fails if all has to hold."""
+    def leave_out(
+        self, what: str, reason: str, limit: tuple[str, float], subject: str = ""
+    ) -> None:
+        """Says what cannot be compared; the check of it fails if all has to hold."""
         if self._strict:
-            self._checks.append(
-                Check(f"{what}: comparable", 0, math.nan, False, subject=subject, hint=reason)
-            )
-        whose = f" of {subject}" if subject else ""
+            hint = f"not compared: {reason}"
+            self._checks.append(Check(*limit, math.nan, False, subject=subject, hint=hint))
+        whose = f" of {subject}" if subject and subject not in what else ""
         self._warnings[f"{what}{whose} is not compared with the baseline: {reason}"] = None
 
     def noise(self, which: str, report: Judged) -> None:
@@ -612,22 +615,23 @@ class _Comparison:
         """Compares metrics, where they are of the same data."""
         if not new.metrics and not old.metrics:
             return
+        limit = (f"metric, drop from baseline<={self._tolerance:g}", self._tolerance)
         values, earlier = _by_output(new.metrics), _by_output(old.metrics)
         if values.keys() != earlier.keys():
-            self.leave_out("the metric", "it is another one, or of other outputs", new.name)
+            self.leave_out("the metric", "it is another one, or of other outputs", limit, new.name)
             return
         if new.original and new.original == old.original:
             first, second = _by_output(new.metrics_before), _by_output(old.metrics_before)
             least = max(self._tolerance, 1e-6)
             if any(abs(_worse(first[k], second[k])) > least for k in first.keys() & second.keys()):
                 reason = "the data are others: the original itself scores otherwise on them"
-                self.leave_out("the metric", reason, new.name)
+                self.leave_out("the metric", reason, limit, new.name)
                 return
         for (output, name), value in values.items():
             of = f" of {output}" if len(values) > 1 else ""
             lost = _worse(value, earlier[output, name])
-            limit = self._tolerance
-            self._add(f"{name}{of}, drop from baseline<={limit:g}", limit, lost, new.name)
+            expression = f"{name}{of}, drop from baseline<={self._tolerance:g}"
+            self._add(expression, self._tolerance, lost, new.name)
 
     def _add(self, expression: str, limit: float, actual: float | None, subject: str) -> None:
         figure = math.nan if actual is None else actual
@@ -648,12 +652,13 @@ class _Comparison:
         for timed in new.timed:
             place = _place(new, timed)
             if reason or timed.setting not in earlier:
-                self.leave_out("latency", reason or "it has not this setting", place)
+                why = reason or "the baseline has not this setting"
+                self.leave_out("latency", why, self._latency, place)
                 continue
             found = [_round_figures(t) for t in (timed, earlier[timed.setting])]
             problem = next((problem for _, problem in found if problem), None)
             if problem:
-                self.leave_out("latency", problem, place)
+                self.leave_out("latency", problem, self._latency, place)
                 continue
             (one, _), (two, _) = found
             if timed.reference is None:
@@ -669,7 +674,7 @@ class _Comparison:
     def result(self) -> tuple[tuple[Check, ...], tuple[str, ...]]:
         """Returns all checks, with p-values for all tests together, and all warnings."""
         chances = adjusted([test.chance for test in self._tests])
-        limit = 1 + self._margin
+        expression, limit = self._latency
         for test, p in zip(self._tests, chances, strict=True):
             ratio = test.ratio
             passed = ratio.high <= limit if self._strict else p >= SIGNIFICANT
@@ -681,7 +686,7 @@ class _Comparison:
                 )
             self._checks.append(
                 Check(
-                    f"latency ÷ baseline<={limit:g}",
+                    expression,
                     limit,
                     ratio.median,
                     passed,
