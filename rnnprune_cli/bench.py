@@ -8,7 +8,6 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from rnnprune_cli.checks import OF_BENCH, check_measurable, judge, parse_require
 from rnnprune_cli.data import load_dataset, made_up_feeds, resized, sizes
 from rnnprune_cli.errors import RnnpruneError, UsageError
 from rnnprune_cli.load import load
-from rnnprune_cli.memory import peak_bytes
+from rnnprune_cli.memory import Call, peaks
 from rnnprune_cli.metrics import LABEL_FREE, Quality, check_metric, parse_metrics
 from rnnprune_cli.model import (
     Array,
@@ -207,12 +206,18 @@ class Group:
         self._progress(f"running {first.name}")
         self._reference = self._open(0, own[0])
         self._data = None if data is None else load_dataset(data, self._reference.inputs)
+        # Sizes that cannot be run are said now, and not after minutes of measuring others.
+        sizes_asked = itertools.product(options.batches or (None,), options.steps or (None,))
+        self._feeds = [self._feed(batch, steps) for batch, steps in sizes_asked]
+        for number in range(len(entries)):
+            runner = self._open(number, own[0])
+            for feed in self._feeds:
+                self._tried(number, runner, feed)
         self._metrics = self._measured()
         self._peaks = self._memory()
-        settings = itertools.product(own, options.batches or (None,), options.steps or (None,))
-        for threads, batch, steps in settings:
+        for threads, feed in itertools.product(own, self._feeds):
             with pinned(threads):
-                self._time(threads, self._feed(batch, steps))
+                self._time(threads, feed)
         self.models = tuple(self._described())
 
     # What each model is
@@ -258,19 +263,14 @@ class Group:
         return [quality.dense, *(quality.of(self._open(k, threads)) for k in others)]
 
     def _memory(self) -> list[int | None]:
-        """Returns what each model needs in memory, two at a time."""
-        feed, options = self._feed(None, None), self._options
+        """Returns what each model needs in memory."""
+        threads, calls = self._options.threads[0], []
+        for number, entry in enumerate(self._entries):
+            feed = self._open(number, threads).prepared(self._feeds[0])
+            own = self._options.signature if entry.model.format == "savedmodel" else None
+            calls.append(Call(entry.model, feed, threads, self._providers, own))
         self._progress("measuring memory")
-
-        def peak(entry: Entry) -> int | str:
-            model = entry.model
-            threads, providers = options.threads[0], self._providers
-            runner = model_runner(model, threads, providers)
-            runner = _named(adapted, entry.name)(runner, self._reference)
-            return peak_bytes(model, runner.prepared(feed), threads, providers, options.signature)
-
-        with ThreadPoolExecutor(2) as pool:
-            found = list(pool.map(peak, self._entries))
+        found = peaks(calls)
         for entry, size in zip(self._entries, found, strict=True):
             if isinstance(size, str):
                 self.warnings.append(f"the memory of {entry.name} was not measured: {size}")
@@ -318,9 +318,6 @@ class Group:
             for what, size in (("batch", batch), ("steps", steps), ("threads", threads))
             if size is not None
         )
-        for number in range(len(entries)):
-            _named(self._open(number, threads).run, entries[number].name)(feed)
-
         def told(step: str) -> None:
             self._progress(f"timing {self._name} ({where}): {step}".replace("  ", " "))
 

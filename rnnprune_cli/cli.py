@@ -583,8 +583,8 @@ def inspect(
     arguments = {k: v for k, v in locals().items() if v is not None}
 
     def work() -> tuple[dict[str, Any], RenderableType | None]:
-        from rnnprune_cli.pipeline import inspected
         from rnnprune_cli.report.json import inspect_document
+        from rnnprune_cli.session import inspected
 
         with inspected(model, signature, right_padding) as (found, units, others):
             document = inspect_document(found, units, others, arguments)

@@ -456,6 +456,7 @@ def _shown(spec: TensorSpec) -> str:
 # Steps to try: long enough to be worth timing first, then what common front ends insist on.
 _STEPS = (100, 128, 64, 512, 576, 1024, 16000, 16, 8, 4, 2, 1)
 _MAX_ELEMENTS = 1 << 24
+_MAX_RESIZED = 1 << 28
 _BATCH_NAME = re.compile(r"batch|^(n|b|bs)$", re.IGNORECASE)
 _STEPS_NAME = re.compile(r"time|seq|step|frame|len|^(t|s|l)$", re.IGNORECASE)
 
@@ -543,7 +544,10 @@ def sizes(feed: Feed, specs: Sequence[TensorSpec]) -> tuple[int | None, int | No
 def resized(
     feed: Feed, specs: Sequence[TensorSpec], batch: int | None, steps: int | None
 ) -> dict[str, Array]:
-    """Returns a feed of another size; what is too short begins again.
+    """Returns a feed of another size, without padding; what is too short begins again.
+
+    Lengths that the model is told are all of the steps: a sequence that ends earlier would take
+    less time than its size lets expect.
 
     Args:
         feed: Some input of a model.
@@ -552,7 +556,7 @@ def resized(
         steps: Steps of each; None to keep them.
 
     Raises:
-        UsageError: If the model's inputs have one size only.
+        UsageError: If the model's inputs have one size only, or it would be too large.
     """
     wanted = {"batch": batch, "steps": steps}
     new = dict(feed)
@@ -568,13 +572,23 @@ def resized(
                 f"the {what}: its shape is {_shown(fixed[0] if fixed else specs[0])}",
                 f"leave out --{kind}, or export the model with a dynamic axis",
             )
+        if kind == "batch":
+            lengths = [s for s in specs if s.is_length and s.shape]
+            found += [(s, 0) for s in lengths if not isinstance((s.shape or ())[0], int)]
         for spec, axis in found:
-            places = np.arange(size) % new[spec.name].shape[axis]
-            new[spec.name] = np.take(new[spec.name], places, axis)
-    if steps is not None:
-        for spec in specs:
-            if spec.is_length:
-                new[spec.name] = np.full_like(new[spec.name], steps)
+            array = new[spec.name]
+            if array.size // max(array.shape[axis], 1) * size > _MAX_RESIZED:
+                raise UsageError(
+                    f"--{kind} {size} makes '{spec.name}' larger than {_MAX_RESIZED:,} values",
+                    f"give a smaller --{kind}",
+                )
+            new[spec.name] = np.take(array, np.arange(size) % array.shape[axis], axis)
+    padded = [new[s.name].shape[axis] for s, axis, kind in _axes(specs) if kind == "steps"]
+    for spec in specs:
+        if spec.is_length:
+            longest = int(new[spec.name].max(initial=1)) if steps is None else steps
+            whole = min((size for size in padded if size >= longest), default=longest)
+            new[spec.name] = np.full_like(new[spec.name], whole)
     return new
 
 

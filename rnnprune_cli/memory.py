@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import subprocess
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,41 +19,67 @@ from rnnprune_cli.model import Feed, LoadedModel
 
 _STATUS, _FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _TIMEOUT = 600
+_TOGETHER = 2
 
 
-def peak_bytes(
-    model: LoadedModel, feed: Feed, threads: int, providers: Sequence[str], signature: str | None
-) -> int | str:
-    """Opens a model in a new process and runs it once.
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A model, and how to call it.
 
-    Args:
+    Attributes:
         model: The model.
         feed: Input of a call.
         threads: To run it with.
         providers: Of onnxruntime.
-        signature: Of a SavedModel.
+        signature: Of a SavedModel that has several.
+    """
+
+    model: LoadedModel
+    feed: Feed
+    threads: int
+    providers: Sequence[str]
+    signature: str | None
+
+
+def peaks(calls: Sequence[Call]) -> list[int | str]:
+    """Opens each model in a new process and runs it once; two at a time.
 
     Returns:
-        Bytes that the process needed at most, beyond those that it had before it opened the model;
-        or why they are not known.
+        For each, bytes that the process needed at most, beyond those that it had before it opened
+        the model; or why they are not known.
     """
-    with tempfile.TemporaryDirectory(prefix="rnnprune-") as folder:
-        feed_file = Path(folder) / "feed.npz"
-        np.savez(feed_file, *feed.values())
-        kind, path = model.format, str(model.path)
-        given = json.dumps([kind, path, str(feed_file), [*feed], threads, [*providers], signature])
-        try:
-            done = subprocess.run(
-                [sys.executable, "-m", "rnnprune_cli.memory", given],
-                capture_output=True,
-                text=True,
-                timeout=_TIMEOUT,
-                check=True,
-            )
-            return int(done.stdout.split()[-1])
-        except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
-            said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-            return said[-1][:200] if said else type(error).__name__
+    found: list[int | str] = []
+    with tempfile.TemporaryDirectory(prefix="rnnprune-") as folder, contextlib.ExitStack() as all_:
+        running: deque[subprocess.Popen[str]] = deque()
+        for number, call in enumerate(calls):
+            if len(running) == _TOGETHER:
+                found.append(_said(running.popleft()))
+            process = all_.enter_context(_started(call, Path(folder) / f"{number}.npz"))
+            all_.callback(process.kill)  # if this process is interrupted
+            running.append(process)
+        found += [_said(process) for process in running]
+    return found
+
+
+def _started(call: Call, feed_file: Path) -> subprocess.Popen[str]:
+    np.savez(feed_file, *call.feed.values())
+    kind, path, names = call.model.format, str(call.model.path), [*call.feed]
+    given = [kind, path, str(feed_file), names, call.threads, [*call.providers], call.signature]
+    command = [sys.executable, "-m", "rnnprune_cli.memory", json.dumps(given)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _said(process: subprocess.Popen[str]) -> int | str:
+    """Waits for a process, and returns what it has found, or the end of what it complained of."""
+    try:
+        output, errors = process.communicate(timeout=_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return f"it took longer than {_TIMEOUT} s"
+    if process.returncode == 0:
+        return int(output.split()[-1])
+    lines = errors.strip().splitlines()
+    return lines[-1][:200] if lines else f"the process ended with {process.returncode}"
 
 
 def _main() -> None:

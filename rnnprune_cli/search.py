@@ -26,7 +26,7 @@ from rnnprune_cli.allocate import MAX_SHARE, allocate
 from rnnprune_cli.apply import Applied, Applier, Inputs, chosen_layers
 from rnnprune_cli.errors import NothingRemovedError, RnnpruneError, UsageError, closest
 from rnnprune_cli.metrics import drop
-from rnnprune_cli.model import Check, Curve, ExportOptions, Plan, Ratios, Stage, Target, Trial
+from rnnprune_cli.model import Curve, ExportOptions, Plan, Stage, Target, Trial
 from rnnprune_cli.options import STRUCTURES
 from rnnprune_cli.save import provenance
 from rnnprune_cli.sensitivity import curves, measurable, runner_of
@@ -380,21 +380,3 @@ class Search:
             where = f" where {limits}"
         said = " and ".join(f"{n} reaches {least[n]:.3g}, not {self._limits[n]:g}" for n in missed)
         return RnnpruneError(f"out of reach: {said}{where} ({len(trials)} models tried)", hint)
-
-
-def checked(targets: Sequence[Target], ratios: Ratios, lost: float | None) -> tuple[Check, ...]:
-    """Holds the result, as the report has it, against the targets."""
-    figures: dict[str, float | None] = {
-        DROP: lost,
-        "latency": None if ratios.latency is None else ratios.latency.median,
-        "bytes": ratios.bytes,
-        "parameters": ratios.parameters,
-        "nonzero": ratios.nonzero,
-    }
-    found = []
-    for target in targets:
-        actual = figures[target.name]
-        if actual is not None:
-            expression = f"{target.name}<={target.limit:g}"
-            found.append(Check(expression, target.limit, actual, actual <= target.limit))
-    return tuple(found)

@@ -24,7 +24,9 @@ from rnnprune_cli.load import load
 from rnnprune_cli.model import ExportOptions, Plan, Report, Saved, Stage, Target
 from rnnprune_cli.onnx_model import OnnxModel
 from rnnprune_cli.options import PruneOptions
-from rnnprune_cli.pipeline import opened, prune, written
+from rnnprune_cli.pipeline import prune
+from rnnprune_cli.session import opened
+from rnnprune_cli.written import written
 
 try:
     from rnnprune_cli.tensorflow.runtime import import_tensorflow, set_threads

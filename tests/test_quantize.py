@@ -17,12 +17,13 @@ from conftest import GRAPHS, Graph, initializers, recurrent_model, run, two_laye
 from onnx import TensorProto, helper, numpy_helper
 
 from rnnprune_cli import quantize
+from rnnprune_cli.comparison import quantized_advice
 from rnnprune_cli.errors import ExitCode, NotEquivalentError, RnnpruneError, UsageError
 from rnnprune_cli.load import load
 from rnnprune_cli.model import ExportOptions, Ratio, Report, Stage, Target
 from rnnprune_cli.onnx_model import OnnxModel
 from rnnprune_cli.options import PruneOptions
-from rnnprune_cli.pipeline import _quantized_advice, prune, prune_family
+from rnnprune_cli.pipeline import prune, prune_family
 from rnnprune_cli.recipe import read_recipe, save_recipe
 from rnnprune_cli.report.json import report_document
 
@@ -381,7 +382,7 @@ def test_where_quantizing_does_not_pay_the_report_says_so(tmp_path):
         latency = Ratio(1.2, low, 1.3)
         ratios = dataclasses.replace(report.quantized.ratios, latency=latency)
         own = dataclasses.replace(report.quantized, ratios=ratios)
-        advice = list(_quantized_advice(own, report.before))
+        advice = list(quantized_advice(own, report.before))
         assert any("slower" in warning for warning in advice) == said
         assert not any("less room" in warning for warning in advice)
 

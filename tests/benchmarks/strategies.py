@@ -18,9 +18,9 @@ from rnnprune_cli.methods import methods
 from rnnprune_cli.metrics import Quality
 from rnnprune_cli.model import Stage
 from rnnprune_cli.options import PruneOptions, complete_stage
-from rnnprune_cli.pipeline import opened
 from rnnprune_cli.select import SCOPES
 from rnnprune_cli.sensitivity import runner_of
+from rnnprune_cli.session import opened
 
 SAMPLES = Path(__file__).parent.parent.parent / "sample_models"
 FILES = {"language": "language.onnx", "speech": "speech.onnx", "timeseries": "timeseries.onnx"}
