@@ -41,6 +41,8 @@ from rnnprune_cli.weights import distinct_weights
 
 Progress = Callable[[str], None]
 
+ABSOLUTE = ("latency-ms", "size", "metric")
+"""Requirements of a model by itself."""
 MAX_TOGETHER = 64
 """Models that are held in memory at once."""
 
@@ -144,6 +146,17 @@ def check(options: BenchOptions) -> None:
                     f"this onnxruntime has no execution provider '{name}'",
                     f"it has: {', '.join(known)}",
                 )
+    if not options.threads:
+        raise UsageError("--threads names no number", "such as --threads 1,2")
+    if options.signature and not any(p.is_dir() or not p.exists() for p in options.models):
+        raise UsageError("--signature is for SavedModels", "none is given; leave it away")
+    if len(options.models) == 1:
+        for requirement in parse_requirements(options.require, OF_BENCH):
+            if requirement.name not in ABSOLUTE:
+                raise UsageError(
+                    f"requirement '{requirement.text}' needs a second model",
+                    "the first model is what the others are held against",
+                )
     if options.data is None and options.metric != "auto":
         raise UsageError(f"metric '{options.metric}' needs data", "give --data")
 
@@ -206,13 +219,9 @@ class Group:
         self._progress(f"running {first.name}")
         self._reference = self._open(0, own[0])
         self._data = None if data is None else load_dataset(data, self._reference.inputs)
-        # Sizes that cannot be run are said now, and not after minutes of measuring others.
-        sizes_asked = itertools.product(options.batches or (None,), options.steps or (None,))
-        self._feeds = [self._feed(batch, steps) for batch, steps in sizes_asked]
-        for number in range(len(entries)):
-            runner = self._open(number, own[0])
-            for feed in self._feeds:
-                self._tried(number, runner, feed)
+        asked = [*itertools.product(options.batches or (None,), options.steps or (None,))]
+        self._feeds = [self._feed(batch, steps) for batch, steps in asked]
+        self._try(asked)
         self._metrics = self._measured()
         self._peaks = self._memory()
         for threads, feed in itertools.product(own, self._feeds):
@@ -251,12 +260,20 @@ class Group:
     def _measured(self) -> list[tuple[MetricValue, ...]]:
         """Returns the metrics of each model, if the data or the user name any."""
         data, options = self._data, self._options
+        if data is None:
+            return [()] * len(self._entries)
         asked = parse_metrics([options.metric])
-        free = any(name in LABEL_FREE for name in asked.values())
-        if data is None or not (data.targets or free):
+        kept = asked if data.targets else {o: m for o, m in asked.items() if m in LABEL_FREE}
+        if len(kept) < len(asked):
+            said = "the data has no labels, so there is no metric"
+            hint = "add an array 'labels' to it, or take --metric agreement"
+            for requirement in parse_requirements(options.require):
+                if requirement.name in ("metric", "metric-drop") and not kept:
+                    raise UsageError(f"requirement '{requirement.text}': {said}", hint)
+            self.warnings.append(f"{said}{' that needs them' if kept else ''}: {hint}")
+        if not kept:
             return [()] * len(self._entries)
         self._progress("running the data through all models")
-        kept = asked if data.targets else {o: m for o, m in asked.items() if m in LABEL_FREE}
         quality = Quality(self._reference, data, kept)
         others = range(1, len(self._entries))
         threads = options.threads[0]
@@ -296,6 +313,18 @@ class Group:
             self._kept[number] = runner
         return runner
 
+    def _try(self, asked: Sequence[tuple[int | None, int | None]]) -> None:
+        """Runs all models on all feeds, so that nobody waits for what fails at the end."""
+        for number, entry in enumerate(self._entries):
+            runner = self._open(number, self._options.threads[0])
+            for (batch, steps), feed in zip(asked, self._feeds, strict=True):
+                given = {"--batch": batch, "--steps": steps}
+                said = [f"{key} {size}" for key, size in given.items() if size is not None]
+                name = " ".join([entry.name, *(["with", *said] if said else [])])
+                hint = "give sizes that it accepts, or leave them out" if said else None
+                _named(runner.run, name, hint)(feed)
+            runner.reset()
+
     def _feed(self, batch: int | None, steps: int | None) -> Feed:
         """Returns the input of one call."""
         data, runner = self._data, self._reference
@@ -318,6 +347,7 @@ class Group:
             for what, size in (("batch", batch), ("steps", steps), ("threads", threads))
             if size is not None
         )
+
         def told(step: str) -> None:
             self._progress(f"timing {self._name} ({where}): {step}".replace("  ", " "))
 
@@ -336,7 +366,8 @@ class Group:
             own = latency(rounds)
             seconds = own.median / 1e3
             stepwise = None if batch is None or steps is None else batch * steps / seconds
-            covered = None if options.step_seconds is None or steps is None else steps
+            known = options.step_seconds is not None and batch is not None
+            covered = (steps or 1) * (options.step_seconds or 1) if known else None
             self.timings.append(
                 Timing(
                     entry.name,
@@ -346,7 +377,7 @@ class Group:
                     own,
                     None if batch is None else batch / seconds,
                     stepwise,
-                    None if covered is None else seconds / (covered * (options.step_seconds or 1)),
+                    None if covered is None else seconds / covered,
                 )
             )
             if rounds is not first:
@@ -422,14 +453,16 @@ def model_runner(model: LoadedModel, threads: int, providers: Sequence[str]) -> 
     return model.open(threads)
 
 
-def _named(call: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """Returns a function whose errors say which model they are about."""
+def _named(call: Callable[..., Any], name: str, hint: str | None = None) -> Callable[..., Any]:
+    """Returns a function whose errors say which model they are about, and maybe what to do."""
 
     def named(*given: Any) -> Any:  # noqa: ANN401  as the function's
         try:
             return call(*given)
         except RnnpruneError as error:
-            raise RnnpruneError(f"{name}: {error.message}", error.hint, error.code) from error
+            raise RnnpruneError(
+                f"{name}: {error.message}", hint or error.hint, error.code
+            ) from error
 
     return named
 

@@ -76,8 +76,8 @@ def _said(process: subprocess.Popen[str]) -> int | str:
     except subprocess.TimeoutExpired:
         process.kill()
         return f"it took longer than {_TIMEOUT} s"
-    if process.returncode == 0:
-        return int(output.split()[-1])
+    if process.returncode == 0 and (words := output.split()):
+        return int(words[-1])
     lines = errors.strip().splitlines()
     return lines[-1][:200] if lines else f"the process ended with {process.returncode}"
 

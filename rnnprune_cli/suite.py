@@ -74,7 +74,7 @@ def suite(options: BenchOptions, arguments: Mapping[str, Any], progress: Progres
             for sample in SAMPLES
             for variant in VARIANTS
         ]
-        problems = _made(tasks, progress)
+        problems = _made(tasks, Path(name), progress)
         groups = []
         for sample, suffix in SAMPLES.items():
             original = samples / f"{sample}{suffix}"
@@ -130,13 +130,19 @@ def _how(model: str, task: _Task) -> str:
     return f"rnnprune prune {model} {' '.join(words)}"
 
 
-def _made(tasks: list[_Task], progress: Progress) -> tuple[str, ...]:
-    """Makes all models, two at a time; returns what could not be made, and why."""
+def _made(tasks: list[_Task], folder: Path, progress: Progress) -> tuple[str, ...]:
+    """Makes all models, two at a time; returns what could not be made, and why.
+
+    Args:
+        tasks: What to make.
+        folder: For temporary files: the processes that write them are killed if this one ends.
+        progress: Told how far it is.
+    """
     problems: dict[str, list[str]] = {}
     begin = time.perf_counter()
     progress(f"making {len(tasks)} models")
     context = multiprocessing.get_context("spawn")
-    with context.Pool(WORKERS, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+    with context.Pool(WORKERS, _begin, (str(folder),)) as pool:
         for number, done in enumerate(pool.imap_unordered(_make, tasks), 1):
             left = (time.perf_counter() - begin) / number * (len(tasks) - number)
             progress(f"made {number} of {len(tasks)} models, about {left:.0f} s left")
@@ -144,6 +150,12 @@ def _made(tasks: list[_Task], progress: Progress) -> tuple[str, ...]:
                 name = _name(done.task.sample, done.task.variant)
                 problems.setdefault(done.problem, []).append(name)
     return tuple(f"left out: {'; '.join(sorted(w))}: {problem}" for problem, w in problems.items())
+
+
+def _begin(folder: str) -> None:
+    """Begins a process that makes models."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tempfile.tempdir = folder
 
 
 def _make(task: _Task) -> _Done:

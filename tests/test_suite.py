@@ -56,7 +56,7 @@ def test_what_cannot_be_made_is_left_out_with_the_reason(tmp_path):
         built_in._Task("speech", v, tmp_path, tmp_path / f"{k}.onnx", 0)
         for k, v in enumerate(variants)
     ]
-    (problem,) = built_in._made(tasks, quiet)
+    (problem,) = built_in._made(tasks, tmp_path, quiet)
     assert problem.startswith("left out: speech, int8; speech, units 50 %: ")
     assert "speech.onnx" in problem
 

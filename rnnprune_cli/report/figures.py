@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -102,7 +103,7 @@ def interval(ratio: Ratio) -> str:
 
 def figure(metric: MetricValue) -> str:
     """Returns the value of a metric."""
-    return f"{metric.value:.4f}"
+    return "no number" if math.isnan(metric.value) else f"{metric.value:.4f}"
 
 
 def metric_name(metric: MetricValue, among: int = 1) -> str:
@@ -428,7 +429,7 @@ def environment_rows(environment: Mapping[str, Any]) -> Rows:
 
 def measured(check: Check) -> str:
     """Returns a check's figure, with its interval and chance where it has them."""
-    text = f"{check.actual:.4g}"
+    text = "not known" if math.isnan(check.actual) else f"{check.actual:.4g}"
     if check.low is not None and check.high is not None:
         text += f"  [{check.low:.4g}, {check.high:.4g}]"
     return text if check.p is None else f"{text}, p = {check.p:.2g}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -60,7 +61,7 @@ def report_of(document: Any, name: str) -> AnyReport:  # noqa: ANN401  any JSON 
     kinds = {"timings": BenchReport, "curves": SensitivityReport, "checks": CheckReport}
     for key, kind in kinds.items():
         if key in document:
-            return typing.cast(AnyReport, _dataclass(document, kind, name))
+            return _consistent(typing.cast(AnyReport, _dataclass(document, kind, name)), name)
     models = document.get("models")
     if isinstance(models, list) and models:
         return tuple(_report(m, f"{name}: models[{k}]") for k, m in enumerate(models))
@@ -144,7 +145,33 @@ def _report(document: Any, name: str) -> Report:  # noqa: ANN401  any JSON value
     """Reads the report of one model; see :func:`rnnprune_cli.report.json.report_document`."""
     if isinstance(document, dict) and isinstance(document.get("fidelity"), dict):
         document = {**document, "fidelity": document["fidelity"].get("outputs")}
-    return typing.cast(Report, _dataclass(document, Report, name))
+    found = typing.cast(Report, _dataclass(document, Report, name))
+    if len(found.before.metrics) != len(found.after.metrics):
+        raise _damaged(name, "there are not as many metrics after as before")
+    return found
+
+
+def _consistent(report: AnyReport, name: str) -> AnyReport:
+    """Returns a report whose parts fit each other.
+
+    Raises:
+        RnnpruneError: If they do not; rnnprune does not write such a report.
+    """
+    if isinstance(report, SensitivityReport):
+        points = [point for curve in report.curves for point in curve.points]
+        if not report.dense or not all(p.metrics and math.isfinite(p.drop) for p in points):
+            raise _damaged(name, "a point of a curve has no figures")
+    if isinstance(report, BenchReport):
+        known = {model.name for model in report.models}
+        named = {timing.model for timing in report.timings}
+        named |= {name for r in report.ratios for name in (r.model, r.reference)}
+        if not known or named != known:
+            raise _damaged(name, "its models are not those that were timed")
+    return report
+
+
+def _damaged(name: str, problem: str) -> RnnpruneError:
+    return RnnpruneError(f"{name} is damaged: {problem}", "give the report as --report wrote it")
 
 
 @functools.cache
@@ -206,10 +233,7 @@ def _dataclass(value: Any, kind: Any, where: str) -> Any:  # noqa: ANN401
             place = f"{where}: {field.name}"
             fields[field.name] = _built(value[field.name], hints[field.name], place)
         elif field.default is field.default_factory is dataclasses.MISSING:
-            raise RnnpruneError(
-                f"{where} is damaged: '{field.name}' is missing",
-                "give the report as --report wrote it",
-            )
+            raise _damaged(where, f"'{field.name}' is missing")
     return kind(**fields)
 
 
