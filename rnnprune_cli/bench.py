@@ -366,7 +366,8 @@ class Group:
             own = latency(rounds)
             seconds = own.median / 1e3
             stepwise = None if batch is None or steps is None else batch * steps / seconds
-            known = options.step_seconds is not None and batch is not None
+            known = options.step_seconds is not None and (batch, steps) != (None, None)
+            # Inputs that have no axis of steps are those of one step.
             covered = (steps or 1) * (options.step_seconds or 1) if known else None
             self.timings.append(
                 Timing(

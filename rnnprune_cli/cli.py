@@ -759,7 +759,7 @@ def bench(
             steps=_integers("--steps", steps),
             threads=_integers("--threads", threads),
             precision=precision,
-            seconds=seconds or (20.0 if models else 10.0),
+            seconds=(20.0 if models else 10.0) if seconds is None else seconds,
             step_seconds=step_seconds,
             providers=tuple(providers or ()),
             signature=signature,
@@ -881,10 +881,12 @@ def _integers(option: str, text: str | None) -> tuple[int, ...]:
     Raises:
         UsageError: If they are none.
     """
-    numbers = _numbers(option, text)
-    if any(number != int(number) for number in numbers):
-        raise UsageError(f"{option} {text} is no list of whole numbers", f"such as {option} 1,8")
-    return tuple(dict.fromkeys(int(number) for number in numbers))
+    try:
+        return tuple(dict.fromkeys(int(part) for part in text.split(","))) if text else ()
+    except ValueError as error:
+        raise UsageError(
+            f"{option} {text} is no list of whole numbers", f"such as {option} 1,8"
+        ) from error
 
 
 def _numbers(option: str, text: str | None) -> tuple[float, ...]:
@@ -1003,18 +1005,27 @@ def _finish(
     except Exception as error:
         error.__dict__["arguments"] = arguments
         raise
-    if output_format.value == "json":
-        from rnnprune_cli.report.json import render
+    try:
+        if output_format.value == "json":
+            from rnnprune_cli.report.json import render
 
-        print(render(document))
-    elif isinstance(drawing, str):
-        print(drawing, end="")
-    else:
-        from rich.console import Console
+            print(render(document))
+        elif isinstance(drawing, str):
+            print(drawing, end="")
+        else:
+            from rnnprune_cli.console import show
 
-        Console(width=None if sys.stdout.isatty() else 160).print(drawing)
+            show(drawing)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _forget_stdout()
     if document.get("passed") is False:
         raise typer.Exit(ExitCode.CHECK_FAILED)
+
+
+def _forget_stdout() -> None:
+    """Lets nothing more be printed: whoever read stdout has seen enough."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main() -> None:
@@ -1033,8 +1044,7 @@ def main() -> None:
             raise KeyboardInterrupt
         sys.exit(code)
     except BrokenPipeError:
-        # Whoever read stdout has seen enough; what was asked for is done.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_stdout()
         sys.exit(int(ExitCode.OK))
     except (KeyboardInterrupt, typer.Abort):
         _fail(

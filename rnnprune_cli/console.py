@@ -6,8 +6,12 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from rnnprune_cli.errors import RnnpruneError, printable
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 @contextlib.contextmanager
@@ -27,6 +31,21 @@ def progress(quiet: bool, verbose: bool) -> Iterator[Callable[[str], None]]:
 
         with Console(stderr=True).status("starting") as status:
             yield lambda step: status.update(step)
+
+
+def show(drawing: RenderableType | None) -> None:
+    """Prints a result to stdout.
+
+    Raises:
+        BrokenPipeError: If whoever reads it has gone.
+    """
+    from rich.console import Console
+
+    class Out(Console):
+        def on_broken_pipe(self) -> None:  # rich would end the process, with exit code 1
+            raise BrokenPipeError
+
+    Out(width=None if sys.stdout.isatty() else 160).print(drawing)
 
 
 def show_error(error: RnnpruneError) -> None:

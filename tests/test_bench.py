@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 from conftest import SAMPLES, recurrent_model
 from test_cli import rnnprune
 
+from rnnprune_cli import memory
 from rnnprune_cli.bench import BenchOptions, adapted, bench, check, names, work_per_step
 from rnnprune_cli.data import made_up_feeds, resized, sizes
 from rnnprune_cli.errors import RnnpruneError, UsageError
@@ -133,6 +136,21 @@ def test_metrics_are_those_of_the_data(report, models, data):
         assert model.metric.value == pytest.approx(float(np.mean(np.square(errors))), rel=1e-5)
 
 
+def test_labels_that_are_missing_are_said(models, data, tmp_path):
+    bare = tmp_path / "bare.npz"
+    np.savez(bare, x=np.load(data)["x"])
+    options = BenchOptions(models[:2], bare, seconds=0.1)
+    found = bench(options, {}, lambda step: None)
+    assert found.models[0].metric is None
+    assert any("no labels" in warning for warning in found.warnings)
+    with pytest.raises(UsageError, match=r"metric-drop<=0\.1.*no labels") as caught:
+        bench(dataclasses.replace(options, require=("metric-drop<=0.1",)), {}, lambda step: None)
+    assert "agreement" in caught.value.hint
+    found = bench(dataclasses.replace(options, metric="agreement"), {}, lambda step: None)
+    assert found.models[1].metric is not None
+    assert not any("no labels" in warning for warning in found.warnings)
+
+
 def test_a_smaller_model_is_faster_and_the_interval_says_so(folder, models):
     small = write(folder / "tiny.onnx", SMALL)
     options = BenchOptions((models[0], renamed(small, "frames", "states")), steps=(50,), seconds=1)
@@ -161,6 +179,32 @@ def test_a_single_model_has_a_control_and_no_ratio(models):
 )
 def test_names_are_short_and_all_different(paths, expected):
     assert names([*map(Path, paths)]) == expected
+
+
+def test_no_process_outlives_an_interrupt(models, monkeypatch):
+    """Those that measure memory may take minutes."""
+    seen: list[subprocess.Popen[str]] = []
+
+    def interrupted(process):
+        seen.append(process)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(memory, "_said", interrupted)
+    feed = {"x": np.zeros((4, 1, 7), np.float32)}
+    call = memory.Call(load(models[0]), feed, 1, ("CPUExecutionProvider",), None)
+    with pytest.raises(KeyboardInterrupt):
+        memory.peaks([call] * 3)
+    assert [process.returncode for process in seen] == [-signal.SIGKILL]
+
+
+def test_memory_that_cannot_be_measured_is_explained(models):
+    feed = {"x": np.zeros((4, 1, 9), np.float32)}
+    provider = ("CPUExecutionProvider",)
+    wrong = memory.Call(load(models[0]), feed, 1, provider, None)
+    right = dataclasses.replace(wrong, feed={"x": feed["x"][..., :7]})
+    found = memory.peaks([right, wrong, right])
+    assert [type(size) for size in found] == [int, str, int]
+    assert "x" in str(found[1])
 
 
 # Sizes of a feed
@@ -205,13 +249,69 @@ def test_a_feed_that_is_too_short_begins_again():
     assert resized(feed, own, None, None).keys() == feed.keys()
 
 
-def test_lengths_follow_the_steps():
-    own = [
-        *specs([("x", ("batch", "time", 2))]),
-        TensorSpec("lens", np.dtype(np.int32), ("batch",), is_length=True),
-    ]
+PADDED = [
+    *specs([("x", ("batch", "time", 2))]),
+    TensorSpec("lens", np.dtype(np.int32), ("batch",), is_length=True),
+]
+
+
+def test_lengths_follow_the_steps_and_the_batch():
     feed = {"x": np.zeros((2, 3, 2), np.float32), "lens": np.array([3, 2], np.int32)}
-    np.testing.assert_array_equal(resized(feed, own, None, 7)["lens"], [7, 7])
+    np.testing.assert_array_equal(resized(feed, PADDED, None, 7)["lens"], [7, 7])
+    new = resized(feed, PADDED, 5, None)
+    assert new["x"].shape == (5, 3, 2) and new["lens"].shape == (5,)
+
+
+def test_as_many_steps_run_as_are_told():
+    """A sequence that is padded would end earlier, and throughput would be too good."""
+    feed = {"x": np.zeros((2, 9, 2), np.float32), "lens": np.array([4, 2], np.int32)}
+    assert sizes(feed, PADDED) == (2, 9)
+    np.testing.assert_array_equal(resized(feed, PADDED, None, None)["lens"], [9, 9])
+    two = [*PADDED, *specs([("y", ("batch", "seq", 2))])]
+    feed["x"] = feed["x"][:, :3]  # the lengths must be those of the other input
+    feed["y"] = np.zeros((2, 5, 2), np.float32)
+    np.testing.assert_array_equal(resized(feed, two, None, None)["lens"], [5, 5])
+
+
+def test_a_size_that_fills_the_memory_is_refused():
+    feed = {"x": np.zeros((2, 3, 2), np.float32)}
+    with pytest.raises(UsageError, match="--steps 500000 makes 'x' larger") as caught:
+        resized(feed, PADDED[:1], 1000, 500_000)
+    assert "--steps" in caught.value.hint
+
+
+def test_padded_samples_run_in_any_batch():
+    options = BenchOptions((SAMPLES / "speech.onnx",), batches=(1, 3), seconds=0.1)
+    found = bench(options, {}, lambda step: None)
+    assert [t.batch for t in found.timings] == [1, 3]
+
+
+def test_a_call_without_an_axis_of_steps_is_one_step():
+    model = Path(__file__).parent / "graphs" / "cells" / "step_gru_merged.onnx"
+    options = BenchOptions((model,), seconds=0.1, step_seconds=0.01)
+    (timing,) = bench(options, {}, lambda step: None).timings
+    assert (timing.batch, timing.steps) == (1, None)
+    assert timing.real_time_factor == pytest.approx(timing.latency_ms.median / 10)
+
+
+def even_only(path: Path) -> Path:
+    """Writes a model that pairs steps, and so takes an even number of them."""
+    graph = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["": 17]>
+        g (float[batch, time, 4] x) => (float[batch, pairs, 2, 4] y)
+        <int64[4] shape = {0, -1, 2, 4}> { y = Reshape(x, shape) }"""
+    )
+    onnx.save(graph, path)
+    return path
+
+
+def test_a_size_that_a_model_does_not_take_is_said_before_anything_is_timed(tmp_path):
+    done: list[str] = []
+    options = BenchOptions((even_only(tmp_path / "even.onnx"),), steps=(4, 7), seconds=0.1)
+    with pytest.raises(RnnpruneError, match=r"^even\.onnx with --steps 7: ") as caught:
+        bench(options, {}, done.append)
+    assert "sizes" in caught.value.hint
+    assert not any("timing" in step for step in done)
 
 
 def test_a_fixed_size_is_not_changed():
@@ -266,6 +366,10 @@ REFUSED = {
     "metric": ({"metric": "acuracy"}, "metric"),
     "requirement": ({"require": ("latencie<=1",)}, "latencie"),
     "requirement without data": ({"require": ("metric-drop<=0.1",)}, "needs data"),
+    "requirement on one model": ({"require": ("latency<=0.8",)}, "needs a second model"),
+    "no threads": ({"threads": ()}, "--threads"),
+    "signature": ({"models": (SAMPLES / "speech.onnx",), "signature": "x"}, "SavedModels"),
+    "signature of the suite": ({"models": (), "signature": "x"}, "SavedModels"),
     "too many": ({"models": (Path("a"),) * 65}, "65 models"),
 }
 

@@ -326,3 +326,13 @@ def test_a_defect_is_one_line_and_70(model, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 70
     assert "Traceback" not in done.stderr and "--verbose" in done.stderr
+
+
+@pytest.mark.parametrize("form", ["table", "json"])
+def test_a_reader_that_goes_away_changes_no_exit_code(tmp_path, form):
+    report = Path(__file__).parent / "reports_v1" / "prune.json"
+    for limit, code in (("bytes<=9", 0), ("bytes<=0.0001", 1)):
+        words = ["check", report, "--require", limit, "--format", form]
+        with subprocess.Popen([*RNNPRUNE, *map(str, words)], stdout=subprocess.PIPE) as process:
+            process.stdout.close()
+            assert process.wait(timeout=60) == code

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import signal
+import subprocess
+import sys
 
 import pytest
 from conftest import SAMPLES
@@ -10,7 +14,7 @@ from test_cli import rnnprune
 
 from rnnprune_cli import suite as built_in
 from rnnprune_cli.bench import BenchOptions
-from rnnprune_cli.errors import RnnpruneError, UsageError
+from rnnprune_cli.errors import ExitCode, RnnpruneError, UsageError
 from rnnprune_cli.load import load
 
 OPTIONS = BenchOptions((), seconds=0.5)
@@ -59,6 +63,21 @@ def test_what_cannot_be_made_is_left_out_with_the_reason(tmp_path):
     (problem,) = built_in._made(tasks, tmp_path, quiet)
     assert problem.startswith("left out: speech, int8; speech, units 50 %: ")
     assert "speech.onnx" in problem
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_is_interrupted_leaves_no_files(tmp_path, number):
+    command = [sys.executable, "-m", "rnnprune_cli.cli", "bench", "--verbose", "--format", "json"]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stderr is not None
+        while line := process.stderr.readline():
+            if "made 1 of" in line:  # both workers are at it
+                process.send_signal(number)
+        process.communicate()
+    assert process.returncode == ExitCode.INTERRUPTED
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith("rnnprune")] == []
 
 
 def test_the_suite_has_its_own_data():

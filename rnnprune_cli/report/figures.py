@@ -544,7 +544,7 @@ def setting(row: Timing | BenchRatio | Control) -> _Setting:
 def setting_text(row: Timing | BenchRatio | Control) -> str:
     """Returns the same in words."""
     parts = [] if row.batch is None else [f"batch {row.batch}"]
-    parts += [] if row.steps is None else [f"{count(row.steps)} steps"]
+    parts += [] if row.steps is None else [f"{count(row.steps)} step{'s' * (row.steps != 1)}"]
     return ", ".join([*parts, f"{row.threads} {'thread' if row.threads == 1 else 'threads'}"])
 
 
