@@ -16,7 +16,7 @@ import numpy as np
 
 from rnnprune_cli import measure
 from rnnprune_cli.checks import OF_BENCH, check_measurable, judge, parse_requirements
-from rnnprune_cli.data import load_dataset, made_up_feeds, resized, sizes
+from rnnprune_cli.data import feed_size, load_dataset, made_up_feeds, resized
 from rnnprune_cli.errors import RnnpruneError, UsageError
 from rnnprune_cli.load import load
 from rnnprune_cli.memory import Call, peaks
@@ -341,11 +341,12 @@ class Group:
     def _time(self, threads: int, feed: Feed) -> None:
         """Times all models, and the first one against itself, in one setting."""
         options, entries = self._options, self._entries
-        batch, steps = sizes(feed, self._reference.inputs)
+        size = feed_size(feed, self._reference.inputs)
+        batch, steps = size.batch, size.steps
         where = ", ".join(
-            f"{what} {size}"
-            for what, size in (("batch", batch), ("steps", steps), ("threads", threads))
-            if size is not None
+            f"{what} {value}"
+            for what, value in (("batch", batch), ("steps", steps), ("threads", threads))
+            if value is not None
         )
 
         def told(step: str) -> None:
@@ -365,7 +366,6 @@ class Group:
         for entry, rounds in zip(entries, samples.rounds[:-1], strict=True):
             own = latency(rounds)
             seconds = own.median / 1e3
-            stepwise = None if batch is None or steps is None else batch * steps / seconds
             known = options.step_seconds is not None and (batch, steps) != (None, None)
             # Inputs that have no axis of steps are those of one step.
             covered = (steps or 1) * (options.step_seconds or 1) if known else None
@@ -377,7 +377,7 @@ class Group:
                     threads,
                     own,
                     None if batch is None else batch / seconds,
-                    stepwise,
+                    None if size.total is None else size.total / seconds,
                     None if covered is None else seconds / covered,
                 )
             )

@@ -529,8 +529,23 @@ def varied_feeds(runner: Runner, seed: int, longest: int = _STEPS[0]) -> list[Fe
     return feeds
 
 
-def sizes(feed: Feed, specs: Sequence[TensorSpec]) -> tuple[int | None, int | None]:
-    """Returns how many samples, and how many steps of each, a feed holds; None where unknown."""
+@dataclass(frozen=True)
+class FeedSize:
+    """How much one call works on; None where that is not known.
+
+    Attributes:
+        batch: Samples.
+        steps: Of each of them; of the longest if the model is told how long they are.
+        total: Steps of all of them, without padding that the model is told of.
+    """
+
+    batch: int | None
+    steps: int | None
+    total: int | None
+
+
+def feed_size(feed: Feed, specs: Sequence[TensorSpec]) -> FeedSize:
+    """Returns how much a feed holds."""
     batch, steps = None, None
     for spec, axis, kind in _axes(specs):
         size = feed[spec.name].shape[axis]
@@ -538,16 +553,20 @@ def sizes(feed: Feed, specs: Sequence[TensorSpec]) -> tuple[int | None, int | No
             batch = size if batch is None else batch
         else:
             steps = size if steps is None else steps
-    return batch, steps
+    lengths = next((feed[spec.name] for spec in specs if spec.is_length), None)
+    if lengths is not None and lengths.size and steps is not None:
+        total = int(lengths.sum()) if lengths.size == batch else None
+        return FeedSize(batch, int(lengths.max()), total)
+    total = None if batch is None or steps is None else batch * steps
+    return FeedSize(batch, steps, total)
 
 
 def resized(
     feed: Feed, specs: Sequence[TensorSpec], batch: int | None, steps: int | None
 ) -> dict[str, Array]:
-    """Returns a feed of another size, without padding; what is too short begins again.
+    """Returns a feed of another size; what is too short begins again.
 
-    Lengths that the model is told are all of the steps: a sequence that ends earlier would take
-    less time than its size lets expect.
+    Lengths that the model is told stay, unless ``steps`` are asked for: then they are these.
 
     Args:
         feed: Some input of a model.
@@ -583,12 +602,10 @@ def resized(
                     f"give a smaller --{kind}",
                 )
             new[spec.name] = np.take(array, np.arange(size) % array.shape[axis], axis)
-    padded = [new[s.name].shape[axis] for s, axis, kind in _axes(specs) if kind == "steps"]
-    for spec in specs:
-        if spec.is_length:
-            longest = int(new[spec.name].max(initial=1)) if steps is None else steps
-            whole = min((size for size in padded if size >= longest), default=longest)
-            new[spec.name] = np.full_like(new[spec.name], whole)
+    if steps is not None:
+        for spec in specs:
+            if spec.is_length:
+                new[spec.name] = np.full_like(new[spec.name], steps)
     return new
 
 

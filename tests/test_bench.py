@@ -16,7 +16,7 @@ from test_cli import rnnprune
 
 from rnnprune_cli import memory
 from rnnprune_cli.bench import BenchOptions, adapted, bench, check, names, work_per_step
-from rnnprune_cli.data import made_up_feeds, resized, sizes
+from rnnprune_cli.data import FeedSize, feed_size, made_up_feeds, resized
 from rnnprune_cli.errors import RnnpruneError, UsageError
 from rnnprune_cli.load import load
 from rnnprune_cli.model import BenchReport, TensorSpec
@@ -236,7 +236,8 @@ def test_which_axes_are_the_batch_and_the_steps(name):
     x = feed["x"].shape
     # The state of one sample says how many there are where the sequence does not.
     expected = 1 if batch is None and len(shapes) > 1 else None if batch is None else x[batch]
-    assert sizes(feed, specs(shapes)) == (expected, None if steps is None else x[steps])
+    size = feed_size(feed, specs(shapes))
+    assert (size.batch, size.steps) == (expected, None if steps is None else x[steps])
 
 
 def test_a_feed_that_is_too_short_begins_again():
@@ -262,15 +263,13 @@ def test_lengths_follow_the_steps_and_the_batch():
     assert new["x"].shape == (5, 3, 2) and new["lens"].shape == (5,)
 
 
-def test_as_many_steps_run_as_are_told():
-    """A sequence that is padded would end earlier, and throughput would be too good."""
+def test_lengths_of_the_data_stay_and_only_their_steps_count():
+    """Padding that the model is told of takes no time, and would make throughput too good."""
     feed = {"x": np.zeros((2, 9, 2), np.float32), "lens": np.array([4, 2], np.int32)}
-    assert sizes(feed, PADDED) == (2, 9)
-    np.testing.assert_array_equal(resized(feed, PADDED, None, None)["lens"], [9, 9])
-    two = [*PADDED, *specs([("y", ("batch", "seq", 2))])]
-    feed["x"] = feed["x"][:, :3]  # the lengths must be those of the other input
-    feed["y"] = np.zeros((2, 5, 2), np.float32)
-    np.testing.assert_array_equal(resized(feed, two, None, None)["lens"], [5, 5])
+    assert feed_size(feed, PADDED) == FeedSize(2, 4, 6)
+    np.testing.assert_array_equal(resized(feed, PADDED, None, None)["lens"], [4, 2])
+    assert feed_size(resized(feed, PADDED, 3, None), PADDED) == FeedSize(3, 4, 10)
+    assert feed_size(resized(feed, PADDED, 3, 5), PADDED) == FeedSize(3, 5, 15)
 
 
 def test_a_size_that_fills_the_memory_is_refused():
