@@ -558,6 +558,7 @@ def compare(
         comparison.noise(which, one)
     machines = _environment(report), _environment(baseline)
     for new, earlier in pairs:
+        comparison.origin(new, earlier)
         comparison.sizes(new, earlier)
         comparison.metrics(new, earlier)
         comparison.latency(new, earlier, machines)
@@ -592,6 +593,14 @@ class _Comparison:
             self._checks.append(Check(*limit, math.nan, False, subject=subject, hint=hint))
         whose = f" of {subject}" if subject and subject not in what else ""
         self._warnings[f"{what}{whose} is not compared with the baseline: {reason}"] = None
+
+    def origin(self, new: _Subject, old: _Subject) -> None:
+        """Says if the two were made from different models."""
+        if new.original != old.original:
+            self._warnings[
+                "report and baseline are about different originals (their sha256 differ): what"
+                " became worse may be due to that"
+            ] = None
 
     def noise(self, which: str, report: Judged) -> None:
         """Says where a benchmark's reference did not even agree with itself."""

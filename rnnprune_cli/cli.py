@@ -834,6 +834,11 @@ def check(
         from rnnprune_cli.report.read import read_report, with_checks
 
         check_report_paths(report or (), force)
+        for path in report or ():
+            if path.resolve() in {file.resolve() for file in (saved, baseline) if file}:
+                raise UsageError(
+                    f"--report {path} would replace what is judged", "give it another path"
+                )
         found = read_report(saved)
         checked = check_saved(
             found,

@@ -424,7 +424,8 @@ def _layer(row: LayerRow, kept: tuple[tuple[int, ...], ...] | None) -> str:
     parts = []
     for direction in directions:
         own = [picture for picture in row.pictures if picture.direction == direction]
-        units = None if kept is None or not row.hidden_after else kept[direction]
+        known = kept is not None and direction < len(kept) and row.hidden_after
+        units = kept[direction] if kept is not None and known else None
         images = [gate_images(picture, units, row.hidden_before) for picture in own]
         cells = ["<span></span>"]
         cells += (
