@@ -241,7 +241,7 @@ def test_what_is_judged_is_not_replaced(tmp_path):
     saved = tmp_path / "report.json"
     saved.write_bytes((OLD / "prune.json").read_bytes())
     for words in ([saved], [OLD / "prune.json", "--baseline", saved]):
-        done = rnnprune("check", *words, "--report", saved, "--force")
+        done = rnnprune(tmp_path, "check", *words, "--report", saved, "--force")
         assert done.returncode == 2 and "would replace what is judged" in done.stderr
     assert saved.read_bytes() == (OLD / "prune.json").read_bytes()
 
@@ -250,7 +250,7 @@ def test_a_baseline_of_another_original_is_said(tmp_path):
     other = json.loads((OLD / "prune.json").read_text())
     other["model"]["sha256"] = "0" * 64
     (tmp_path / "other.json").write_text(json.dumps(other))
-    done = rnnprune("check", OLD / "prune.json", "--baseline", tmp_path / "other.json")
+    done = rnnprune(tmp_path, "check", OLD / "prune.json", "--baseline", tmp_path / "other.json")
     assert "about different originals" in done.stdout
-    same = rnnprune("check", OLD / "prune.json", "--baseline", OLD / "prune.json")
+    same = rnnprune(tmp_path, "check", OLD / "prune.json", "--baseline", OLD / "prune.json")
     assert "different originals" not in same.stdout
