@@ -207,7 +207,7 @@ class Group:
         self._entries, self._options, self._name = entries, options, name
         self._progress = progress
         self._load_seconds: list[list[float]] = [[] for _ in entries]
-        self._kept: dict[int, Runner] = {}
+        self._kept: dict[tuple[int, int], Runner] = {}
         self.timings, self.ratios, self.controls, self.warnings = [], [], [], []
         first, own = entries[0], options.threads
         if len(own) > 1 and any(entry.model.format != "onnx" for entry in entries):
@@ -301,8 +301,8 @@ class Group:
 
     def _open(self, number: int, threads: int) -> Runner:
         """Opens a model, fed as the first one; what is slow to open stays open."""
-        if number in self._kept:
-            return self._kept[number]
+        if (number, threads) in self._kept:
+            return self._kept[number, threads]
         entry = self._entries[number]
         begin = time.perf_counter()
         runner = model_runner(entry.model, threads, self._providers)
@@ -310,7 +310,8 @@ class Group:
         if number:
             runner = _named(adapted, entry.name)(runner, self._reference)
         if entry.model.format != "onnx" or entry.model.big:
-            self._kept[number] = runner
+            self._kept = {key: kept for key, kept in self._kept.items() if key[1] == threads}
+            self._kept[number, threads] = runner
         return runner
 
     def _try(self, asked: Sequence[tuple[int | None, int | None]]) -> None:
@@ -538,6 +539,9 @@ class _Adapted(Runner):
 
     def run(self, feed: Feed) -> list[Array]:
         return self._runner.run(self.prepared(feed))
+
+    def call(self, feed: Feed) -> Callable[[], object]:
+        return self._runner.call(self.prepared(feed))
 
     def reset(self) -> None:
         self._runner.reset()

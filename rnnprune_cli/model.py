@@ -251,8 +251,12 @@ class Runner(ABC):
         """
 
     def prepared(self, feed: Feed) -> Feed:
-        """Returns a feed as the model itself takes it, so that only the model's work is timed."""
+        """Returns a feed as the model itself takes it."""
         return feed
+
+    def call(self, feed: Feed) -> Callable[[], object]:
+        """Returns a function that runs the model once, so that only the model's work is timed."""
+        return functools.partial(self.run, self.prepared(feed))
 
     def reset(self) -> None:  # noqa: B027  most models hold no state between calls
         """Restores the state that a stateful model keeps between calls."""

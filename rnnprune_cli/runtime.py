@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,10 @@ class OnnxRunner(Runner):
             ) from error
         return [np.asarray(r) for r in results]
 
+    def call(self, feed: Feed) -> Callable[[], object]:
+        """Returns a call of the session itself; see :meth:`Runner.call`."""
+        return functools.partial(self._session.run, self._names, dict(feed))
+
 
 class ResizedRunner(Runner):
     """A model that takes shorter states than the one it was made from, fed with the old ones.
@@ -111,6 +116,10 @@ class ResizedRunner(Runner):
     def run(self, feed: Feed) -> list[Array]:
         """Runs the model; see :meth:`Runner.run`."""
         return self._runner.run(self.prepared(feed))
+
+    def call(self, feed: Feed) -> Callable[[], object]:
+        """Returns a call of the model; see :meth:`Runner.call`."""
+        return self._runner.call(self.prepared(feed))
 
 
 _SOURCE_PLACE = re.compile(r"/onnxruntime_src/\S+:\d+ ")

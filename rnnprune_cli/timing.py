@@ -118,35 +118,39 @@ def interleaved(
         openers: Return the models, ready to run.
         feeds: Input of one call of each.
         budget: How long.
-        reopen: Whether to open all anew in each round, as far as half of the time allows.
+        reopen: Whether to open all anew in each round, if opening takes no more than about half of
+            the time.
         seed: Seed of the order.
         progress: Told how far it is.
     """
     generator = np.random.default_rng(seed)
     found: list[list[Array]] = [[] for _ in openers]
     opened: list[list[float]] = [[] for _ in openers]
-    begin, look, every, turns = time.perf_counter(), ENOUGH_ROUNDS, 1, 0
+    begin, look, turns = time.perf_counter(), ENOUGH_ROUNDS, 0
     running: list[_Running] = []
     with _no_collection():
         while len(found[0]) < MAX_ROUNDS:
-            if len(found[0]) % every == 0:
+            if reopen or not running:
                 running = []  # before others are opened
                 runners: dict[int, Runner] = {}
                 for number in generator.permutation(len(openers)):
                     start = time.perf_counter()
                     runners[number] = openers[number]()
                     opened[number].append(time.perf_counter() - start)
-                running = [
-                    _Running(runners[number], feed, budget.seconds / budget.rounds)
-                    for number, feed in enumerate(feeds)
-                ]
+                own = budget.seconds / budget.rounds
+                warm = {
+                    number: _Running(runners[number], feeds[number], own)
+                    for number in generator.permutation(len(openers))
+                }
+                running = [warm[number] for number in range(len(openers))]
                 if not turns:
-                    own = max(budget.seconds / budget.rounds, 1e-9)
+                    opening = sum(times[0] for times in opened)
+                    # Rounds of the same sessions are not independent, and an interval would be
+                    # too narrow: it is each round or none.
+                    reopen = reopen and MIN_ROUNDS * opening <= budget.seconds
+                    own = max(own, opening) if reopen else own
                     turn = sum(model.seconds for model in running)
                     turns = int(np.clip(own / max(turn, 1e-9), 1, MAX_TURNS))
-                    longest = sum(times[0] for times in opened)
-                    seldom = min(max(1, round(2 * longest / own)), MAX_ROUNDS)
-                    every = seldom if reopen else MAX_ROUNDS
             samples = np.empty((turns, len(running)))
             for row in samples:
                 for number in generator.permutation(len(running)):
@@ -172,11 +176,11 @@ class _Running:
     """An open model that was warmed up, and what a sample of it costs."""
 
     def __init__(self, runner: Runner, feed: Feed, longest: float) -> None:
-        self._runner, self._feed = runner, runner.prepared(feed)
+        self._runner, self._run = runner, runner.call(feed)
         runner.reset()
-        once = 0.0
+        once = np.inf
         for _ in range(WARM_UP_CALLS):
-            once = self._call(1)
+            once = min(once, self._call(1))
             if once > longest:
                 break
         self._calls = max(1, round(SHORTEST_SAMPLE / max(once, 1e-9)))
@@ -194,7 +198,7 @@ class _Running:
     def _call(self, calls: int) -> float:
         begin = time.perf_counter()
         for _ in range(calls):
-            self._runner.run(self._feed)
+            self._run()
         return time.perf_counter() - begin
 
 

@@ -14,8 +14,17 @@ import pytest
 from conftest import SAMPLES, recurrent_model
 from test_cli import rnnprune
 
-from rnnprune_cli import memory
-from rnnprune_cli.bench import BenchOptions, adapted, bench, check, names, work_per_step
+from rnnprune_cli import bench as benchmark
+from rnnprune_cli import memory, onnx_model
+from rnnprune_cli.bench import (
+    BenchOptions,
+    adapted,
+    bench,
+    check,
+    model_runner,
+    names,
+    work_per_step,
+)
 from rnnprune_cli.data import FeedSize, feed_size, made_up_feeds, resized
 from rnnprune_cli.errors import RnnpruneError, UsageError
 from rnnprune_cli.load import load
@@ -159,6 +168,19 @@ def test_a_smaller_model_is_faster_and_the_interval_says_so(folder, models):
     (held,) = found.ratios
     assert held.latency.high < 0.7
     assert found.models[1].macs_per_step == 4 * SMALL * (7 + SMALL)
+
+
+def test_a_large_model_is_opened_once_for_each_number_of_threads(models, monkeypatch):
+    opened: list[int] = []
+
+    def noted(model, threads, providers):
+        opened.append(threads)
+        return model_runner(model, threads, providers)
+
+    monkeypatch.setattr(onnx_model, "BIG_MODEL_BYTES", 0)
+    monkeypatch.setattr(benchmark, "model_runner", noted)
+    bench(BenchOptions(models[:1], threads=(1, 2), seconds=0.1), {}, lambda step: None)
+    assert opened == [1, 2]
 
 
 def test_a_single_model_has_a_control_and_no_ratio(models):

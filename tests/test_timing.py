@@ -68,17 +68,54 @@ def test_models_are_opened_anew_in_every_round_where_that_is_cheap(clock):
     assert [len(times) for times in samples.opened] == [len(samples.rounds[0])] * 2
 
 
-@pytest.mark.parametrize("reopen", [True, False])
-def test_what_is_slow_to_open_is_opened_less_often(clock, reopen):
+@pytest.mark.parametrize(("cost", "reopen"), [(0.25, True), (0.25, False), (0.5, True)])
+def test_what_is_slow_to_open_is_opened_in_each_round_or_once(clock, cost, reopen):
+    """Rounds of the same sessions are not independent of one another."""
+
     def opener():
-        clock[0] += 0.5
+        clock[0] += cost
         return Clocked(clock, 1e-3)
 
     samples = timing.interleaved([opener, opener], [{}, {}], Budget(4.0), reopen)
-    opened = [len(times) for times in samples.opened]
-    assert opened == [3, 3] if reopen else opened == [1, 1]
-    assert samples.opened[0][0] == pytest.approx(0.5)
+    opened, rounds = [len(times) for times in samples.opened], len(samples.rounds[0])
+    assert rounds >= timing.MIN_ROUNDS
+    assert opened == ([rounds, rounds] if cost == 0.25 and reopen else [1, 1])
+    assert samples.opened[0][0] == pytest.approx(cost)
     assert samples.seconds < 8
+
+
+def test_the_luck_of_an_opening_is_no_evidence(clock):
+    """Where a model lies in memory makes it faster or slower as long as it lies there."""
+    generator = np.random.default_rng(0)
+
+    def opener():
+        clock[0] += 0.1
+        luck = 1e-3 * np.exp(generator.normal(0, 0.02))
+        return Clocked(clock, lambda: luck * float(np.exp(generator.normal(0, 2e-3))))
+
+    held = 0
+    for seed in range(100):
+        samples = timing.interleaved([opener] * 2, [{}] * 2, Budget(2.0, 0.02), seed=seed)
+        ratio = timing.ratio(*samples.rounds)
+        held += ratio.low <= 1 <= ratio.high
+    assert held >= 93
+
+
+def test_no_model_is_always_the_first_to_be_warmed_up(clock):
+    first: list[int] = []
+
+    class Numbered(Clocked):
+        def __init__(self, number):
+            super().__init__(clock, 1e-3)
+            self.number = number
+
+        def prepared(self, feed):
+            first.append(self.number)
+            return feed
+
+    openers = [lambda number=number: Numbered(number) for number in range(3)]
+    timing.interleaved(openers, [{}] * 3, Budget(1.0))
+    assert set(first[::3]) == {0, 1, 2}
 
 
 def test_slow_models_get_few_calls_and_still_an_interval(clock):
