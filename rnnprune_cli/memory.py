@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -120,6 +119,8 @@ def _forgotten() -> int:
 def _peak() -> int:
     if _STATUS.exists():
         return _field("VmHWM")
+    import resource  # which Windows has not
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
