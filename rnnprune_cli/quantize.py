@@ -39,7 +39,12 @@ from rnnprune_cli.model import Array, Claim, Feed, Runner, Saved, Skipped, Weigh
 from rnnprune_cli.onnx_file import checker_refuses, deserialize, read_proto
 from rnnprune_cli.onnx_model import PROVENANCE, OnnxModel
 from rnnprune_cli.others import at_input, operators
-from rnnprune_cli.rewrite.build import MIN_IR_INITIALIZERS, Builder, value_names
+from rnnprune_cli.rewrite.build import (
+    MIN_IR_INITIALIZERS,
+    Builder,
+    remove_unread,
+    value_names,
+)
 from rnnprune_cli.runtime import first_line
 from rnnprune_cli.verify import run_all
 
@@ -377,21 +382,7 @@ class _Surgeon:
 
     def finish(self) -> None:
         """Removes float weights that nothing reads, and what only made them."""
-        pending = self._replaced
-        while pending:
-            value = pending.pop()
-            graph, node = value.graph, value.producer()
-            if value.uses() or value.is_graph_output():
-                continue
-            if value.is_initializer() and graph is not None and value.name:
-                graph.initializers.pop(value.name)
-                if value.is_graph_input():  # IR version 3 lists every initializer as an input
-                    graph.inputs.remove(value)
-            elif node is not None and node.graph is not None:
-                if any(o.uses() or o.is_graph_output() for o in node.outputs):
-                    continue
-                pending += [v for v in node.inputs if v is not None]
-                node.graph.remove(node, safe=True)
+        remove_unread(self._replaced)
         self._model.opset_imports.setdefault(DOMAIN, 1)
 
 

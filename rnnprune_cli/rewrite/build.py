@@ -1,6 +1,8 @@
-"""Adding constants and nodes to the front of a graph or function body."""
+"""Adding constants and nodes to the front of a graph or function body, and removing unread ones."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import numpy as np
 import onnx_ir as ir
@@ -96,3 +98,23 @@ def value_names(model: ir.Model) -> set[str]:
                 names.add(node.name or "")
                 names.update(v.name or "" for v in node.outputs)
     return names
+
+
+def remove_unread(values: Iterable[ir.Value]) -> None:
+    """Removes values that nothing reads any more, and what only fed them."""
+    pending = list(values)
+    while pending:
+        value = pending.pop()
+        if value.uses() or value.is_graph_output():
+            continue
+        graph, node = value.graph, value.producer()
+        if value.is_initializer() and graph is not None and value.name:
+            graph.initializers.pop(value.name)
+            if value.is_graph_input():  # IR version 3 lists every initializer as an input
+                graph.inputs.remove(value)
+        elif node is not None and node.graph is not None:
+            if any(o.uses() or o.is_graph_output() for o in node.outputs):
+                continue
+            sources = [v for v in node.inputs if v is not None]
+            node.graph.remove(node, safe=True)
+            pending.extend(sources)

@@ -17,7 +17,12 @@ from rnnprune_cli.find import Layout, Site, exclusive, laid_out
 from rnnprune_cli.graph import Walker, stored_tensor
 from rnnprune_cli.model import Array, StoredWeight, Weight
 from rnnprune_cli.rewrite import packed
-from rnnprune_cli.rewrite.build import MIN_IR_INITIALIZERS, Builder, value_names
+from rnnprune_cli.rewrite.build import (
+    MIN_IR_INITIALIZERS,
+    Builder,
+    remove_unread,
+    value_names,
+)
 
 _CHUNK_ELEMENTS = 1 << 20
 
@@ -157,22 +162,7 @@ class Placer:
 
     def clean(self) -> None:
         """Removes replaced weights and what only fed them; the new ones take over free names."""
-        pending = list(self._replaced)
-        while pending:
-            value = pending.pop()
-            if value.uses() or value.is_graph_output():
-                continue
-            graph, node = value.graph, value.producer()
-            if value.is_initializer() and graph is not None and value.name:
-                graph.initializers.pop(value.name)
-                if value.is_graph_input():  # IR version 3 lists every initializer as an input
-                    graph.inputs.remove(value)
-            elif node is not None and node.graph is not None:
-                if any(o.uses() or o.is_graph_output() for o in node.outputs):
-                    continue
-                sources = [v for v in node.inputs if v is not None]
-                node.graph.remove(node, safe=True)
-                pending.extend(sources)
+        remove_unread(self._replaced)
         names = value_names(self._walker.model)
         for value, name in self._renames:
             if name not in names:
