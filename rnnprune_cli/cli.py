@@ -241,6 +241,10 @@ def prune(
         ),
     ] = False,
     metric: Metric = ["auto"],  # noqa: B006  typer copies it
+    time: Annotated[
+        float,
+        typer.Option(help="Seconds to time both models; up to four times that if it is noisy."),
+    ] = 0.5,
     finetune: Annotated[
         int, typer.Option(help="Train what is left for so many epochs.", metavar="EPOCHS")
     ] = 0,
@@ -389,6 +393,7 @@ def prune(
             data=data,
             calibration=calibration,
             metric=",".join(metric),
+            latency_seconds=time,
             export=ExportOptions(export, values),
             signature=signature,
             threads=threads,

@@ -46,6 +46,7 @@ SCHEDULES = {
 """When what goes is removed, if the model is fine-tuned."""
 STRATEGIES = ("single", "mirrored", "multiworker")
 MAX_THREADS = 256
+MAX_SECONDS = 3600
 MAX_TRIALS = 40
 
 
@@ -214,6 +215,11 @@ def check_options(options: PruneOptions) -> None:
             )
     if options.trials < 2:
         raise UsageError(f"--trials {options.trials} is less than 2", "a search has to compare")
+    if not 0 <= options.latency_seconds <= MAX_SECONDS:
+        raise UsageError(
+            f"--time {options.latency_seconds:g} is not between 0 and {MAX_SECONDS}",
+            "it is the seconds for which both models are timed, such as 5",
+        )
     _check_finetune(options)
     if not 1 <= options.threads <= MAX_THREADS:
         raise UsageError(

@@ -57,6 +57,7 @@ KEYS: Mapping[str, str] = {
     "calibration": "calibration",
     "seed": "seed",
     "metric": "metric",
+    "time": "latency_seconds",
     "target": "targets",
     "family": "family",
     "trials": "trials",

@@ -62,11 +62,13 @@ class Budget:
         precision: Enough is enough when every interval is narrower than this share of its ratio;
             0 to use all the time.
         rounds: Into so many the time is divided.
+        least: Seconds before which narrow intervals are not enough.
     """
 
     seconds: float
     precision: float = 0.0
     rounds: int = USUAL_ROUNDS
+    least: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +101,7 @@ def interleaved_latency(
     Returns:
         Latency before and after, and after divided by before.
     """
-    budget = Budget(_LONGEST * seconds, _COARSE, _LONGEST * ENOUGH_ROUNDS)
+    budget = Budget(_LONGEST * seconds, _COARSE, _LONGEST * ENOUGH_ROUNDS, seconds)
     before, after = interleaved(openers, (feed, feed), budget, reopen, seed).rounds
     return latency(before), latency(after), ratio(before, after)
 
@@ -162,7 +164,7 @@ def interleaved(
                 continue
             if spent > budget.seconds:
                 break
-            if budget.precision and rounds >= look:
+            if budget.precision and rounds >= look and spent > budget.least:
                 look = int(rounds * _LONGER) + 1
                 ratios = [ratio(found[0], other) for other in found[1:]]
                 width = max(((r.high - r.low) / r.median for r in ratios), default=0.0)

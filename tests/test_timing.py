@@ -148,6 +148,22 @@ def test_it_ends_when_intervals_are_narrow_and_not_before(clock):
     assert len(constant.rounds[0]) == timing.ENOUGH_ROUNDS
 
 
+def test_two_models_are_timed_for_as_long_as_asked_and_longer_if_it_is_noisy(clock):
+    generator = np.random.default_rng(0)
+
+    def noisy():
+        return 1e-3 * float(np.exp(generator.normal(0, 0.9)))
+
+    def seconds(cost):
+        begin = clock[0]
+        openers = (lambda: Clocked(clock, cost), lambda: Clocked(clock, cost))
+        timing.interleaved_latency(openers, {}, 2.0)
+        return clock[0] - begin
+
+    assert 2.0 < seconds(1e-3) < 2.5
+    assert 8.0 < seconds(noisy) < 10.0
+
+
 def test_what_slows_the_machine_down_for_a_while_does_not_count(clock):
     """One round in four is three times as slow, for both."""
     state = {"calls": 0}
