@@ -571,6 +571,8 @@ class _Test:
 
     place: str
     chance: float
+    least: float
+    """The chance of the clearest difference that so many rounds can show."""
     ratio: Ratio
 
 
@@ -678,12 +680,20 @@ class _Comparison:
             chance = chance_of_greater(one - math.log1p(self._margin), two)
             with np.errstate(over="ignore"):
                 ends = [float(np.exp(end)) for end in shift(one, two)]
-            self._tests.append(_Test(place, chance, Ratio(*ends)))
+            least = 1 / math.comb(len(one) + len(two), len(two))
+            self._tests.append(_Test(place, chance, least, Ratio(*ends)))
 
     def result(self) -> tuple[tuple[Check, ...], tuple[str, ...]]:
         """Returns all checks, with p-values for all tests together, and all warnings."""
         chances = adjusted([test.chance for test in self._tests])
         expression, limit = self._latency
+        blunt = [t.place for t in self._tests if t.least * len(self._tests) >= SIGNIFICANT]
+        if blunt:
+            whose = f" of {', '.join(blunt[:3])}" if any(blunt) else ""
+            self._warnings[
+                f"latency{whose} was timed in too few rounds to find anything among"
+                f" {len(self._tests)} comparisons: measure longer, or compare fewer"
+            ] = None
         for test, p in zip(self._tests, chances, strict=True):
             ratio = test.ratio
             passed = ratio.high <= limit if self._strict else p >= SIGNIFICANT

@@ -15,7 +15,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import os
 import time
@@ -26,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from rnnprune_cli.model import Array, Feed, Latency, Ratio, Runner
+from rnnprune_cli.ranks import signed_rank
 
 Opener = Callable[[], Runner]
 Progress = Callable[[str], None]
@@ -239,34 +239,8 @@ def ratio(before: Sequence[Array], after: Sequence[Array]) -> Ratio:
         after: The same of the other.
     """
     medians = [np.array([np.median(one) for one in rounds]) for rounds in (before, after)]
-    middle, low, high = signed_rank(np.log(medians[1] / medians[0]))
+    middle, low, high = signed_rank(np.log(medians[1] / medians[0]), CONFIDENCE)
     return Ratio(float(np.exp(middle)), float(np.exp(low)), float(np.exp(high)))
-
-
-def signed_rank(values: Array, confidence: float = CONFIDENCE) -> tuple[float, float, float]:
-    """Returns the Hodges-Lehmann estimate of a centre, and its signed-rank interval.
-
-    Args:
-        values: float64 ``[n]``: independent, symmetric about the centre; need not be alike.
-        confidence: Of the interval, exactly or a little more; for n < 6 it is all that there is.
-    """
-    one, two = np.triu_indices(len(values))
-    means = np.sort((values[one] + values[two]) / 2)
-    outside = int(np.searchsorted(_signed_ranks(len(values)), (1 - confidence) / 2, "right"))
-    place = max(outside - 1, 0)
-    return float(np.median(means)), float(means[place]), float(means[-1 - place])
-
-
-@functools.lru_cache(maxsize=64)
-def _signed_ranks(n: int) -> Array:
-    """Distribution function of Wilcoxon's signed-rank statistic for n values."""
-    chances = np.ones(1)
-    for rank in range(1, n + 1):
-        longer = np.zeros(len(chances) + rank)
-        longer[: len(chances)] += chances / 2
-        longer[rank:] += chances / 2
-        chances = longer
-    return np.asarray(np.cumsum(chances))
 
 
 # The machine

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from rnnprune_cli.model import (
     Timing,
 )
 from rnnprune_cli.ranks import adjusted, chance_of_greater, median_interval, shift
-from rnnprune_cli.report.read import read_report
+from rnnprune_cli.report.read import read_report, report_of
 
 REPORTS = Path(__file__).parent / "reports_v1"
 BASE = read_report(REPORTS / "prune.json")
@@ -692,3 +693,23 @@ def test_the_command_line_has_the_same_defaults():
 
     parameters = inspect.signature(cli.check).parameters
     assert (parameters["margin"].default, parameters["tolerance"].default) == (MARGIN, TOLERANCE)
+
+
+def test_too_few_rounds_for_so_many_comparisons_are_said():
+    """With 6 rounds each no p-value is below 1 in 924, and Holm multiplies it."""
+
+    def found(models):
+        document = json.loads((REPORTS / "bench.json").read_text())
+        reference, other = document["models"][:2]
+        names = [f"model {k}" for k in range(models)]
+        few = {"samples": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5], "rounds": [1] * 6}
+        timing = {**document["timings"][0], "batch": 1, "steps": 1, "threads": 1}
+        timing["latency_ms"] = {**timing["latency_ms"], **few}
+        document["models"] = [reference, *({**other, "name": name} for name in names)]
+        every = [reference["name"], *names]
+        document["timings"] = [{**timing, "model": name} for name in every]
+        document["ratios"] = []
+        report = report_of(document, "bench.json")
+        return any("too few rounds" in warning for warning in compare(report, report)[1])
+
+    assert not found(9) and found(10)

@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 
-from rnnprune_cli import timing
+from rnnprune_cli import ranks, timing
 from rnnprune_cli.model import Runner
 from rnnprune_cli.timing import Budget
 
@@ -225,7 +225,7 @@ def test_the_distribution_is_that_of_all_signs(n):
     signs = (np.arange(2**n)[:, None] >> np.arange(n)) & 1
     sums = signs @ np.arange(1, n + 1)
     chances = np.bincount(sums, minlength=n * (n + 1) // 2 + 1) / 2**n
-    np.testing.assert_allclose(timing._signed_ranks(n), np.cumsum(chances), atol=1e-12)
+    np.testing.assert_allclose(ranks._signed_ranks(n), np.cumsum(chances), atol=1e-12)
 
 
 def test_the_interval_is_what_the_test_does_not_reject():
@@ -233,12 +233,12 @@ def test_the_interval_is_what_the_test_does_not_reject():
     values = np.random.default_rng(1).normal(0.3, 1, 12)
 
     def rejected(centre):
-        ranks = np.argsort(np.argsort(np.abs(values - centre))) + 1
-        positive = int(ranks[values > centre].sum())
+        places = np.argsort(np.argsort(np.abs(values - centre))) + 1
+        positive = int(places[values > centre].sum())
         least = min(positive, 78 - positive)
-        return timing._signed_ranks(12)[least] <= (1 - timing.CONFIDENCE) / 2
+        return ranks._signed_ranks(12)[least] <= (1 - timing.CONFIDENCE) / 2
 
-    _, low, high = timing.signed_rank(values)
+    _, low, high = ranks.signed_rank(values, timing.CONFIDENCE)
     assert rejected(low - 1e-9) and rejected(high + 1e-9)
     assert not rejected(low + 1e-9) and not rejected(high - 1e-9)
 
@@ -261,7 +261,7 @@ def test_the_interval_holds_the_ratio_though_it_stops_when_narrow(noise):
     for _ in range(1000):
         values, rounds = NOISES[noise](generator, 60), timing.ENOUGH_ROUNDS
         while True:
-            _, low, high = timing.signed_rank(values[:rounds])
+            _, low, high = ranks.signed_rank(values[:rounds], timing.CONFIDENCE)
             if np.exp(high) - np.exp(low) < 0.02 or rounds == 60:
                 break
             rounds = min(int(rounds * timing._LONGER) + 1, 60)
