@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -151,7 +152,15 @@ def measure_both(
     )
     after = measurement_of(run, files_after, latency_after, quality.after, quality.asked)
     estimated = files_before.gzip_estimated or files_after.gzip_estimated
-    return before, after, ratios_of(before, after, ratio), tuple(_advice(run, estimated, ratio))
+    return (
+        before,
+        after,
+        ratios_of(before, after, ratio),
+        (
+            *_advice(run, estimated, ratio),
+            *_boundless(quality.after),
+        ),
+    )
 
 
 def measurement_of(
@@ -171,6 +180,17 @@ def measurement_of(
         metric=metrics[0] if asked else None,
         metrics=metrics,
     )
+
+
+def _boundless(metrics: Sequence[MetricValue]) -> Iterator[str]:
+    """Yields which metrics say nothing."""
+    for metric in metrics:
+        if not math.isfinite(metric.value):
+            whose = f" of '{metric.output}'" if metric.output else ""
+            yield (
+                f"{metric.name}{whose} is no finite number: on these data the original's output"
+                " does not vary, or a model's is not finite; give more samples"
+            )
 
 
 def ratios_of(before: Measurement, after: Measurement, latency: Ratio) -> Ratios:

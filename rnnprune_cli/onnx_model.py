@@ -30,7 +30,7 @@ from rnnprune_cli.find import (
     readers,
     taken_in,
 )
-from rnnprune_cli.graph import Folder, Walker, stored_tensor
+from rnnprune_cli.graph import Folder, Walker, input_of, stored_tensor
 from rnnprune_cli.model import (
     UNCHANGED,
     Array,
@@ -504,7 +504,7 @@ class OnnxModel(LoadedModel):
         """Counts floating-point weights; see :meth:`LoadedModel.count`.
 
         Constant expressions count as what they produce, equal copies of recurrent weights once, and
-        quantized matrices (int8) as the weights that they stand for.
+        quantized matrices (int8) as the weights that they stand for; scales and zero points do not.
         """
         model = self.fresh()
         walker = Walker(model)
@@ -515,15 +515,16 @@ class OnnxModel(LoadedModel):
                 placer.place(site, weight, weight.read, "dense")
         placer.clean()
         own = {id(site.value) for site, _ in self._sites(walker, recurrent)}
+        own |= {id(value) for value in _steps(walker)}
         parameters = nonzero = 0
         for value in _constants(model):
             tensor = stored_tensor(value)
             if tensor is None or id(value) in own:
                 continue
-            quantized = tensor.dtype == ir.DataType.INT8 and len(tensor.shape) > 1
-            if quantized or tensor.dtype.is_floating_point():
+            zero = _zero_of(value)
+            if zero is not None or tensor.dtype.is_floating_point():
                 parameters += tensor.size
-                nonzero += int(np.count_nonzero(tensor.numpy()))
+                nonzero += int(np.count_nonzero(tensor.numpy() != (zero or 0)))
         for weight in self._weights.values():
             parameters += weight.size
             nonzero += weight.nonzero
@@ -535,6 +536,50 @@ class OnnxModel(LoadedModel):
         weights = (n.inputs[1:3] for n in nodes if n.op_type == "DynamicQuantizeLSTM")
         stored = (stored_tensor(value) for pair in weights for value in pair if value is not None)
         return tuple(tensor.size for tensor in stored if tensor is not None)
+
+
+_STEPS = {
+    "DynamicQuantizeLSTM": range(8, 12),
+    "DequantizeLinear": range(1, 3),
+    "MatMulInteger": range(2, 4),
+    "DynamicQuantizeMatMul": range(2, 4),
+}
+"""Quantized operator → inputs that are scales or zero points."""
+
+
+def _zero_of(value: ir.Value) -> int | None:
+    """Returns what stands for zero in a quantized matrix; None if the value is none.
+
+    Matrices of int8 have 0. Tables of embeddings may be uint8, with a zero point of their own.
+    """
+    tensor = stored_tensor(value)
+    if tensor is None or len(tensor.shape) < 2:
+        return None
+    if tensor.dtype == ir.DataType.INT8:
+        return 0
+    if tensor.dtype != ir.DataType.UINT8:
+        return None
+    for gather, _ in value.uses():
+        for node, _ in gather.outputs[0].uses() if gather.op_type == "Gather" else ():
+            if node.op_type == "DequantizeLinear":
+                point = input_of(node, 2)
+                stored = None if point is None else stored_tensor(point)
+                return 0 if stored is None else int(stored.numpy().ravel()[0])
+    return None
+
+
+def _steps(walker: Walker) -> Iterator[ir.Value]:
+    """Yields the scales and zero points of quantized weights."""
+    for instance in walker.instances():
+        node = instance.node
+        for index in _STEPS.get(node.op_type, ()):
+            if index < len(node.inputs) and (value := node.inputs[index]) is not None:
+                yield value
+        makers = {value.producer() for value in node.inputs if value is not None}
+        if node.op_type == "Mul" and any(
+            m and m.op_type == "DynamicQuantizeLinear" for m in makers
+        ):
+            yield from (value for value in node.inputs if value is not None)
 
 
 def _constants(model: ir.Model) -> Iterator[ir.Value]:

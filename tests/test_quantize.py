@@ -667,3 +667,13 @@ def test_on_the_command_line_a_gru_alone_ends_with_3_and_one_json_document(tmp_p
     assert "no quantized GRU" in json.loads(done.stdout)["error"]["message"]
     assert "--values int8" in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_a_quantized_file_has_as_many_weights_as_the_report_says(tmp_path):
+    """Scales and zero points are no weights, whoever counts."""
+    for hidden in (8, 12):
+        folder = tmp_path / str(hidden)
+        folder.mkdir()
+        report = quantized(folder, recurrent_model("LSTM", "bidirectional", hidden=hidden))
+        count = load(folder / "out.onnx").count()
+        assert (count.parameters, count.nonzero) == (report.after.parameters, report.after.nonzero)
